@@ -1,0 +1,1 @@
+"""Paged KV cache: pages on the device, their allocation on the host."""

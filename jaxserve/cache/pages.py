@@ -1,0 +1,69 @@
+"""Device side of the paged KV cache: one pool for all layers.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", https://arxiv.org/abs/2309.06180, section 4.2.
+
+Letters: L layers, P pages, Z page size, K kv heads, H head dim, T tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+  """Keys and values of every layer. Page numbers are shared by all layers."""
+
+  k: Float[Array, 'L P K Z H']
+  v: Float[Array, 'L P K Z H']
+
+
+def allocate(
+  num_layers: int,
+  num_pages: int,
+  page_size: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: jax.typing.DTypeLike,
+  sharding: jax.sharding.Sharding | None = None,
+) -> Pages:
+  """Zeroed pools, created on their shards."""
+  shape = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+  zeros = jax.jit(
+    lambda: Pages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+    out_shardings=sharding,
+  )
+  return zeros()
+
+
+def write(
+  pages: Pages,
+  layer: Int[Array, ''],
+  slot: Int[Array, 'T'],
+  k: Float[Array, 'T K H'],
+  v: Float[Array, 'T K H'],
+) -> Pages:
+  """Stores new keys and values of one layer.
+
+  Args:
+    pages: Pools, updated in place where they are donated.
+    layer: Layer to write.
+    slot: `page * Z + offset` of each token; negative slots are not written.
+    k: New keys.
+    v: New values.
+
+  Returns:
+    The updated pools.
+  """
+  page_size = pages.k.shape[3]
+  # Negative indices would wrap around; past the end is dropped.
+  page = jnp.where(slot < 0, pages.k.shape[1], slot // page_size)
+  at = lambda pool: pool.at[layer, page, :, slot % page_size]
+  return Pages(
+    at(pages.k).set(k.astype(pages.k.dtype), mode='drop'),
+    at(pages.v).set(v.astype(pages.v.dtype), mode='drop'),
+  )

@@ -1,0 +1,8 @@
+"""How the next token is drawn from the logits: one file per method."""
+
+import functools
+
+from jaxtrain import registry
+
+names = functools.partial(registry.names, __name__)
+get = functools.partial(registry.get, __name__)

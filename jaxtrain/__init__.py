@@ -1,0 +1,1 @@
+"""Training, and the mesh, models and weights that serving shares."""

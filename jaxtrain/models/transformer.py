@@ -1,0 +1,234 @@
+"""The decoder: one module for every family, trained and served alike.
+
+Letters: B batch, T tokens, D model, V vocab, L layers.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtrain.models import rope as rope_lib
+from jaxtrain.models.attention import Attend
+from jaxtrain.models.attention import Attention
+from jaxtrain.models.attention import Causal
+from jaxtrain.models.attention import LayerSpec
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.layers import Embed
+from jaxtrain.models.layers import GatedMLP
+from jaxtrain.models.layers import RMSNorm
+from jaxtrain.models.moe import MoEMLP
+from jaxtrain.sharding.partition import Shard
+from jaxtrain.sharding.partition import unsharded
+
+_CAUSAL = Causal()
+_NO_WINDOW = jnp.iinfo(jnp.int32).max
+
+
+class Block(nn.Module):
+  """One layer, in the shape `nn.scan` wants: carry in, carry out."""
+
+  config: ModelConfig
+  attend: Attend
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  shard: Shard = unsharded
+
+  @nn.compact
+  def __call__(self, carry, layer, positions, tables):
+    x, cache = carry
+    c = self.config
+    index, window, table = layer
+    spec = LayerSpec(
+      index=index,
+      window=window,
+      scale=c.head_dim**-0.5 if c.query_scale is None else c.query_scale,
+      soft_cap=c.attention_soft_cap,
+    )
+    sin_cos = jax.tree.map(
+      lambda t: t[table] if t.shape[0] > 1 else t[0], tables
+    )
+    common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def norm(name, y):
+      return RMSNorm(
+        epsilon=c.norm_eps, plus_one=c.norm_plus_one, name=name, **common
+      )(y)
+
+    y, cache = Attention(c, shard=self.shard, name='attention', **common)(
+      norm('pre_attention_norm', x),
+      positions,
+      sin_cos,
+      self.attend,
+      cache,
+      spec,
+    )
+    if c.post_norms:
+      y = norm('post_attention_norm', y)
+    x = x + y
+    y = norm('pre_mlp_norm', x)
+    if c.moe:
+      y = MoEMLP(c.moe, c.activation, shard=self.shard, name='moe', **common)(y)
+    else:
+      y = GatedMLP(
+        c.mlp_dim, c.activation, shard=self.shard, name='mlp', **common
+      )(y)
+    if c.post_norms:
+      y = norm('post_mlp_norm', y)
+    return (x + y, cache), None
+
+
+class Transformer(nn.Module):
+  """Decoder-only language model.
+
+  `init` and `apply` are pure; parameters are a plain pytree (after
+  `nn.unbox`), layers stacked in a leading dimension L.
+
+  Attributes:
+    config: Architecture.
+    dtype: Compute dtype of matrix products and activations. Norms, rotations,
+      the softmax and the logits are float32.
+    param_dtype: Dtype parameters are created in.
+    shard: Pins activations to the mesh.
+    remat: Policy name of `jaxtrain.memory.policies`' values, or any
+      `jax.checkpoint` policy; `None` saves everything.
+  """
+
+  config: ModelConfig
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  shard: Shard = unsharded
+  remat: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'] | None = None,
+    attend: Attend = _CAUSAL,
+    cache: Any = None,
+    select: Any = None,
+    unembed: bool = True,
+  ) -> tuple[Float[Array, 'B U V'], Any]:
+    """Runs the model.
+
+    Args:
+      tokens: Token ids.
+      positions: Position of each token in its sequence; 0..T-1 if `None`.
+      attend: How queries meet keys, and where keys are kept.
+      cache: Threaded through every layer's `attend`.
+      select: Maps hidden states `[B, T, D]` to the `[B, U, D]` wanted; `None`
+        wants all.
+      unembed: False returns the normalised hidden states `[B, U, D]` instead of
+        logits, for losses that never build `[B, T, V]`.
+
+    Returns:
+      Float32 logits `[B, U, V]` (or hidden states), and the cache.
+    """
+    c = self.config
+    if positions is None:
+      positions = jnp.broadcast_to(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
+      )
+    common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    x, table = Embed(
+      c.vocab_size, c.embed_dim, shard=self.shard, name='embed', **common
+    )(tokens)
+    if c.embed_scale:
+      # The scale is rounded to the compute dtype, as Gemma was trained.
+      x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
+    layers, rope_tables = self._layers(positions)
+    block = Block
+    if self.remat is not None:
+      block = nn.remat(Block, prevent_cse=False, policy=self.remat)
+    scanned = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+      metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+    (x, cache), _ = scanned(
+      config=c, attend=attend, shard=self.shard, name='layers', **common
+    )((x, cache), layers, positions, rope_tables)
+    if select is not None:
+      x = select(x)
+    x = RMSNorm(
+      epsilon=c.norm_eps, plus_one=c.norm_plus_one, name='final_norm', **common
+    )(x)
+    if not c.tie_embeddings:
+      head = Unembed(c.vocab_size, self.param_dtype, name='unembed')(
+        c.embed_dim
+      )
+    else:
+      head = table.T
+    if not unembed:
+      return x, cache
+    return self.shard(logits(x, head, c), 'batch', 'seq', 'act_vocab'), cache
+
+  def _layers(self, positions):
+    """Per-layer data to scan over, and the tables they index."""
+    c = self.config
+    types = c.layer_types
+    sliding = jnp.array([t == 'sliding' for t in types])
+    window = None
+    if 'sliding' in types:
+      window = jnp.where(sliding, c.sliding_window, _NO_WINDOW).astype(
+        jnp.int32
+      )
+    ropes = [c.rope]
+    if c.sliding_rope is not None and c.sliding_rope != c.rope:
+      ropes.append(c.sliding_rope)
+    tables = [rope_lib.sin_cos(positions, r, c.head_dim) for r in ropes]
+    stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
+    which = (
+      sliding.astype(jnp.int32)
+      if len(ropes) > 1
+      else jnp.zeros_like(sliding, jnp.int32)
+    )
+    index = jnp.arange(c.num_layers, dtype=jnp.int32)
+    return (index, window, which), stacked
+
+
+class Unembed(nn.Module):
+  """Output projection `[D, V]` of models that do not tie it."""
+
+  vocab_size: int
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, embed_dim: int) -> jax.Array:
+    return self.param(
+      'kernel',
+      nn.with_logical_partitioning(
+        nn.initializers.lecun_normal(), ('embed', 'vocab')
+      ),
+      (embed_dim, self.vocab_size),
+      self.param_dtype,
+    )
+
+
+def output_head(params: Any) -> jax.Array:
+  """The `[D, V]` matrix that maps hidden states to logits."""
+  if 'unembed' in params:
+    return params['unembed']['kernel']
+  return params['embed']['embedding'].T
+
+
+def logits(
+  x: Float[Array, '*B D'], head: Float[Array, 'D V'], config: ModelConfig
+) -> Float[Array, '*B V']:
+  """Float32 logits with the model's soft cap."""
+  out = jax.lax.dot_general(
+    x,
+    head.astype(x.dtype),
+    (((x.ndim - 1,), (0,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  if config.logit_soft_cap is not None:
+    cap = config.logit_soft_cap
+    out = cap * jnp.tanh(out / cap)
+  return out

@@ -1,0 +1,200 @@
+"""Applies sharding rules to arrays and parameter trees."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, Protocol, runtime_checkable
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+
+from jaxtrain.sharding.rules import ShardingRules
+
+
+@runtime_checkable
+class Shard(Protocol):
+  """Pins the sharding of an activation, given its logical axes."""
+
+  def __call__(self, x: jax.Array, *logical_axes: str | None) -> jax.Array: ...
+
+
+def unsharded(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+  """The `Shard` of a single device: does nothing."""
+  del logical_axes
+  return x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constrainer:
+  mesh: Mesh
+  rules: ShardingRules
+
+  def __call__(self, x, *logical_axes):
+    sharding = NamedSharding(self.mesh, self.rules.spec(logical_axes))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrainer(mesh: Mesh | None, rules: ShardingRules) -> Shard:
+  """The `Shard` that a model is given to run on `mesh`."""
+  if mesh is None or mesh.size == 1:
+    return unsharded
+  return _Constrainer(mesh, rules)
+
+
+def named_sharding(
+  mesh: Mesh, rules: ShardingRules, *logical_axes: str | None
+) -> NamedSharding:
+  """The sharding of one array with the given logical axes."""
+  return NamedSharding(mesh, rules.spec(logical_axes))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """'layers/mlp/up/kernel' for a key path of `jax.tree_util`."""
+  return '/'.join(
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+    for k in path
+  )
+
+
+def abstract_params(init: Callable[[jax.Array], Any]) -> Any:
+  """Shapes of `init(key)`, still boxed with their logical axis names."""
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+def param_shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+  """Shardings of a parameter tree whose leaves name their logical axes.
+
+  Args:
+    boxed: Tree from `jax.eval_shape(model.init, ...)`, leaves boxed by
+      `nn.with_logical_partitioning`.
+    mesh: Where it will live.
+    rules: Which axis goes where.
+
+  Returns:
+    Tree of `NamedSharding`, of the structure of `nn.unbox(boxed)`.
+
+  Raises:
+    ValueError: A dimension that its mesh axes do not divide, or a rule used
+      twice in one array; the parameter is named.
+  """
+  specs = nn.get_partition_spec(boxed)
+  shapes = nn.unbox(boxed)
+
+  def one(path, leaf, spec):
+    logical = tuple(spec) + (None,) * (leaf.ndim - len(spec))
+    rules.check(mesh, leaf.shape, logical, path_name(path))
+    return NamedSharding(mesh, rules.spec(logical))
+
+  return jax.tree_util.tree_map_with_path(one, shapes, specs)
+
+
+def init_sharded(
+  init: Callable[..., Any], mesh: Mesh, rules: ShardingRules, *args: Any
+) -> Any:
+  """Runs `init(*args)` so that every parameter is born on its shards.
+
+  Returns:
+    The unboxed parameter tree; no device ever holds the whole of it.
+  """
+  boxed = jax.eval_shape(init, *args)
+  shardings = param_shardings(boxed, mesh, rules)
+  make = jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=shardings)
+  return make(*args)
+
+
+def shard_experts(run: Callable[..., jax.Array], shard: Shard):
+  """Runs a mixture-of-experts computation with its experts spread over a mesh.
+
+  Args:
+    run: `(x [B,T,D], weights [B,T,k], experts [B,T,k], tables, first_expert=)`
+      -> `[B,T,D]`, summing only over the experts and features that `tables`
+      (gate and up `[e,D,F]`, down `[e,F,D]`) holds.
+    shard: The model's `Shard`.
+
+  Returns:
+    The function of whole arrays `(x, weights, experts, tables) -> [B,T,D]`.
+    Where batch and experts share a mesh axis, tokens are gathered over it, each
+    device runs its own experts on them, and the sums are scattered back.
+  """
+  if not isinstance(shard, _Constrainer):
+    return run
+  mesh, rules = shard.mesh, shard.rules
+  x_spec = rules.spec(('batch', 'seq', None))
+  up_spec = rules.spec(('expert', None, 'mlp'))
+  down_spec = rules.spec(('expert', 'mlp', None))
+  axes = lambda name: rules.table.get(name, ())
+  both = tuple(a for a in axes('expert') + axes('mlp') if a in axes('batch'))
+  summed = tuple(a for a in axes('expert') + axes('mlp') if a not in both)
+
+  def local(x, weights, experts, tables):
+    held = tables[0].shape[0]
+    first = jax.lax.axis_index(axes('expert')) * held if axes('expert') else 0
+    if both:
+      x, weights, experts = (
+        jax.lax.all_gather(a, both, axis=0, tiled=True)
+        for a in (x, weights, experts)
+      )
+    y = run(x, weights, experts, tables, first_expert=first)
+    if summed:
+      y = jax.lax.psum(y, summed)
+    if both:
+      y = jax.lax.psum_scatter(y, both, scatter_dimension=0, tiled=True)
+    return y
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(x_spec, x_spec, x_spec, (up_spec, up_spec, down_spec)),
+    out_specs=x_spec,
+  )
+
+
+def shard_heads(run: Callable[..., Any], shard: Shard, in_axes, out_axes):
+  """Runs an inference attention on each device's own heads.
+
+  Args:
+    run: Function of arrays (or pytrees of them), not differentiated.
+    shard: The model's `Shard`.
+    in_axes: Logical axes of each argument, shared by all leaves of a pytree;
+      `()` is replicated.
+    out_axes: The same for the results.
+
+  Returns:
+    The function of whole arrays.
+  """
+  if not isinstance(shard, _Constrainer):
+    return run
+  specs = lambda axes: tuple(shard.rules.spec(a) for a in axes)
+  return jax.shard_map(
+    run,
+    mesh=shard.mesh,
+    in_specs=specs(in_axes),
+    out_specs=specs(out_axes),
+    check_vma=False,
+  )
+
+
+def fit_rules(boxed: Any, mesh: Mesh, rules: ShardingRules) -> ShardingRules:
+  """Replicates the logical axes that do not divide somewhere in the tree.
+
+  Args:
+    boxed: As for `param_shardings`.
+    mesh: Where the parameters will live.
+    rules: Wanted rules.
+
+  Returns:
+    The rules, with those that `param_shardings` would refuse emptied, and the
+    activation axes of the same name with them.
+  """
+  dropped = {}
+  specs = nn.get_partition_spec(boxed)
+  for leaf, spec in zip(
+    jax.tree.leaves(nn.unbox(boxed)), jax.tree.leaves(specs), strict=True
+  ):
+    for size, logical in zip(leaf.shape, spec, strict=False):
+      axes = rules.table.get(logical, ())
+      if size % math.prod(mesh.shape[a] for a in axes):
+        dropped |= {n: () for n in (logical, f'act_{logical}')}
+  return rules.replace(**{n: () for n in dropped if n in rules.table})

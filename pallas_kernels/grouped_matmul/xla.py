@@ -1,0 +1,148 @@
+"""grouped_matmul as a loop over blocks of rows, each inside one group.
+
+A group of g rows is ceil(g / block) blocks; only blocks that exist are visited,
+so skewed groups cost what their rows cost. The last block of a group reads and
+writes past the group's end: the rows it spoils belong to later groups, whose
+blocks come later and overwrite them.
+
+Cost: 2 M K N FLOPs plus at most E block-sized paddings; reads one [K, N] matrix
+per block. The VJP is two such loops.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+_MIN_BLOCK, _MAX_BLOCK = 4, 128
+
+
+def grouped_matmul(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+  """See `api.grouped_matmul`."""
+  out_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+  if 0 in lhs.shape or 0 in rhs.shape:
+    return jnp.zeros((lhs.shape[0], rhs.shape[2]), out_dtype)
+  lhs, rhs, group_sizes = _vary_alike(lhs, rhs, group_sizes)
+  return _grouped_matmul(out_dtype, lhs, rhs, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(out_dtype, lhs, rhs, group_sizes):
+  return _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts=0)
+
+
+def _fwd(out_dtype, lhs, rhs, group_sizes):
+  out = _grouped_matmul(out_dtype, lhs, rhs, group_sizes)
+  return out, (lhs, rhs, group_sizes)
+
+
+def _bwd(out_dtype, residuals, d_out):
+  del out_dtype
+  lhs, rhs, group_sizes = residuals
+  d_lhs = _forward(d_out, rhs, group_sizes, lhs.dtype, rhs_contracts=1)
+  return d_lhs, _backward_rhs(lhs, d_out, rhs, group_sizes), None
+
+
+_grouped_matmul.defvjp(_fwd, _bwd)
+
+
+def _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts):
+  """`lhs @ rhs[e]`, or `lhs @ rhs[e].T` if `rhs_contracts` is 1."""
+  num_rows, width = lhs.shape
+  group, start, _, num_blocks, block = _blocks(group_sizes, num_rows)
+  padded = jnp.pad(lhs, ((0, block), (0, 0)))
+
+  def body(i, out):
+    rows = jax.lax.dynamic_slice(padded, (start[i], 0), (block, width))
+    matrix = jax.lax.dynamic_index_in_dim(rhs, group[i], keepdims=False)
+    product = _dot(rows, matrix, 1, rhs_contracts).astype(out_dtype)
+    return jax.lax.dynamic_update_slice(out, product, (start[i], 0))
+
+  shape = (num_rows + block, rhs.shape[2 - rhs_contracts])
+  out = jax.lax.fori_loop(0, num_blocks, body, _zeros(shape, out_dtype, lhs))
+  used = jnp.arange(num_rows) < jnp.sum(group_sizes)
+  return jnp.where(used[:, None], out[:num_rows], 0)
+
+
+def _backward_rhs(lhs, d_out, rhs, group_sizes):
+  num_rows = lhs.shape[0]
+  group, start, end, num_blocks, block = _blocks(group_sizes, num_rows)
+  lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
+
+  def body(i, d_rhs):
+    rows, d_rows = (
+      jax.lax.dynamic_slice(a, (start[i], 0), (block, a.shape[1]))
+      for a in (lhs, d_out)
+    )
+    inside = start[i] + jnp.arange(block) < end[i]
+    rows = jnp.where(inside[:, None], rows, 0)
+    d_rows = jnp.where(inside[:, None], d_rows, 0)
+    old = jax.lax.dynamic_index_in_dim(d_rhs, group[i], keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(
+      d_rhs, old + _dot(rows, d_rows, 0, 0), group[i], 0
+    )
+
+  zeros = _zeros(rhs.shape, jnp.float32, lhs)
+  d_rhs = jax.lax.fori_loop(0, num_blocks, body, zeros)
+  return d_rhs.astype(rhs.dtype)
+
+
+def _dot(a, b, a_contracts, b_contracts):
+  dtype = jnp.promote_types(a.dtype, b.dtype)
+  return jax.lax.dot_general(
+    a.astype(dtype),
+    b.astype(dtype),
+    (((a_contracts,), (b_contracts,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _blocks(group_sizes, num_rows):
+  """Group, first row and end of group of every block, how many, and rows each.
+
+  The arrays have the static bound on the number of blocks as their length.
+  """
+  num_groups = group_sizes.shape[0]
+  mean = num_rows / num_groups
+  block = 2 ** math.ceil(math.log2(max(mean, 1)))
+  block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
+  bound = num_rows // block + min(num_groups, num_rows)
+  blocks = -(-group_sizes // block)
+  last = jnp.cumsum(blocks)
+  index = jnp.arange(bound)
+  group = jnp.searchsorted(last, index, side='right')
+  group = jnp.minimum(group, num_groups - 1)
+  end = jnp.cumsum(group_sizes)[group]
+  within = index - (last - blocks)[group]
+  start = end - group_sizes[group] + within * block
+  return group, start, end, last[-1], block
+
+
+def _vary_alike(*arrays):
+  """Makes arrays vary over the same manual mesh axes inside `shard_map`.
+
+  A loop's carry must vary as its body's result does; the transpose of the cast
+  sums the gradient over the axes an argument did not vary over.
+  """
+  axes = frozenset().union(*map(_varying, arrays))
+  return tuple(_vary(a, axes - _varying(a)) for a in arrays)
+
+
+def _varying(array):
+  return jax.typeof(array).mat.varying
+
+
+def _vary(array, axes):
+  return jax.lax.pcast(array, tuple(axes), to='varying') if axes else array
+
+
+def _zeros(shape, dtype, like):
+  return _vary(jnp.zeros(shape, dtype), _varying(like))

@@ -1,0 +1,5 @@
+"""Attention of ragged query runs over a paged KV cache."""
+
+from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+
+__all__ = ['ragged_paged_attention']

@@ -1,0 +1,198 @@
+"""ragged_paged_attention for XLA: a list of (query tile, page chunk) items.
+
+Queries are cut into tiles of one sequence each. A tile needs the chunks of
+pages between its window's start and its last position; these pairs, and no
+others, are the work. A loop takes a few of them at a time, gathers their keys
+and values (few enough to stay in a CPU's cache), and merges their softmax
+statistics into those of their tiles, as split-KV decoding does: Dao et al.,
+"Flash-Decoding", https://arxiv.org/abs/2307.08691 for the statistics.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_TILE = 16
+_CHUNK = 64
+_ITEM_BYTES = 1 << 20
+_MASKED = -1e30
+
+
+def ragged_paged_attention(
+  q,
+  k_pages,
+  v_pages,
+  layer,
+  query_start,
+  kv_len,
+  page_table,
+  window,
+  *,
+  scale,
+  soft_cap,
+):
+  """See `api.ragged_paged_attention`."""
+  num_seqs, pages_per_seq = page_table.shape
+  num_kv, page_size, h = k_pages.shape[2:]
+  group = q.shape[1] // num_kv
+  tile = 1 if q.shape[0] <= num_seqs else _TILE
+  seq_A, row_AQ, position_AQ = _tiles(q.shape[0], query_start, kv_len, tile)
+  a = seq_A.shape[0]
+  q_AKRH = (
+    q[row_AQ]
+    .reshape(a, tile, num_kv, group, h)
+    .transpose(0, 2, 1, 3, 4)
+    .reshape(a, num_kv, tile * group, h)
+  )
+  chunk_pages = min(max(1, _CHUNK // page_size), pages_per_seq)
+  chunk = chunk_pages * page_size
+  first_A, offset_A1 = _items(position_AQ, window, chunk)
+  # Queries times group, query major, as in the rows of q_AKRH.
+  position_AR = jnp.repeat(position_AQ, group, axis=1)
+  item_bytes = num_kv * chunk * h * k_pages.dtype.itemsize
+  body = functools.partial(
+    _accumulate,
+    (q_AKRH, position_AR, seq_A, first_A, offset_A1),
+    (k_pages, v_pages, layer, page_table),
+    window,
+    num_items=max(1, min(_ITEM_BYTES // item_bytes, a)),
+    chunk_pages=chunk_pages,
+    scale=scale,
+    soft_cap=soft_cap,
+  )
+  rows = q_AKRH.shape[:3]
+  init = (
+    jnp.full(rows, _MASKED, jnp.float32),
+    jnp.zeros(rows, jnp.float32),
+    jnp.zeros(q_AKRH.shape, jnp.float32),
+  )
+  rounds = -(-offset_A1[-1] // body.keywords['num_items'])
+  _, l, acc = jax.lax.fori_loop(0, rounds, body, init)
+  out = acc / jnp.maximum(l, 1e-30)[..., None]
+  out = (
+    out.reshape(a, num_kv, tile, group, h)
+    .transpose(0, 2, 1, 3, 4)
+    .reshape(a * tile, -1, h)
+    .astype(q.dtype)
+  )
+  return out if tile == 1 else out[_row_of_token(q.shape[0], query_start, tile)]
+
+
+def _sequence_of(rows, starts):
+  found = jnp.searchsorted(starts[1:], rows, side='right')
+  return jnp.minimum(found, starts.shape[0] - 2)
+
+
+def _offsets(counts):
+  """Exclusive cumulative sum, with the total at the end."""
+  return jnp.concatenate([jnp.zeros(1, counts.dtype), jnp.cumsum(counts)])
+
+
+def _tile_offsets(query_start, tile):
+  return _offsets(-(-jnp.diff(query_start) // tile))
+
+
+def _tiles(num_tokens, query_start, kv_len, tile):
+  """Sequence of each tile; row and position of each of its queries.
+
+  The position of a query that does not exist is -1: it sees no key.
+  """
+  if tile == 1:
+    tiles = jnp.arange(num_tokens)
+    starts, seq = query_start, _sequence_of(tiles, query_start)
+    row = tiles[:, None]
+  else:
+    starts = _tile_offsets(query_start, tile)
+    tiles = jnp.arange(num_tokens // tile + kv_len.shape[0])
+    seq = _sequence_of(tiles, starts)
+    row = query_start[seq] + (tiles - starts[seq]) * tile
+    row = row[:, None] + jnp.arange(tile)
+  end = query_start[seq + 1][:, None]
+  exists = (row < end) & (tiles < starts[-1])[:, None]
+  position = jnp.where(exists, kv_len[seq][:, None] - end + row, -1)
+  return seq, jnp.clip(row, 0, num_tokens - 1), position
+
+
+def _row_of_token(num_tokens, query_start, tile):
+  """Where each token's output lies among the tiles' rows."""
+  tokens = jnp.arange(num_tokens)
+  seq = _sequence_of(tokens, query_start)
+  starts = _tile_offsets(query_start, tile)
+  row = starts[seq] * tile + tokens - query_start[seq]
+  return jnp.minimum(row, (num_tokens // tile + seq.shape[0]) * tile - 1)
+
+
+def _items(position_AQ, window, chunk):
+  """First chunk of each tile, and offsets of the tiles in the item list."""
+  last = position_AQ.max(axis=1)
+  first = jnp.zeros_like(last)
+  if window is not None:
+    earliest = jnp.where(position_AQ < 0, jnp.iinfo(jnp.int32).max, position_AQ)
+    # Subtract before adding: a window may be the largest integer.
+    first = jnp.maximum(earliest.min(axis=1) - window + 1, 0) // chunk
+  counts = jnp.where(last < 0, 0, last // chunk - first + 1)
+  return first, _offsets(counts)
+
+
+def _accumulate(
+  tiles,
+  cache,
+  window,
+  i,
+  carry,
+  *,
+  num_items,
+  chunk_pages,
+  scale,
+  soft_cap,
+):
+  """Merges `num_items` items into the running max, sum and output.
+
+  Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, equation 4.
+  """
+  q_AKRH, position_AR, seq_A, first_A, offset_A1 = tiles
+  k_pages, v_pages, layer, page_table = cache
+  m, l, acc = carry
+  num_kv, page_size = k_pages.shape[2:4]
+  chunk = chunk_pages * page_size
+
+  item_W = i * num_items + jnp.arange(num_items)
+  tile_W = _sequence_of(item_W, offset_A1)
+  chunk_W = first_A[tile_W] + item_W - offset_A1[tile_W]
+  chunk_W = jnp.where(item_W < offset_A1[-1], chunk_W, -1)
+
+  page_WC = chunk_W[:, None] * chunk_pages + jnp.arange(chunk_pages)
+  page_WC = page_table[seq_A[tile_W][:, None], jnp.maximum(page_WC, 0)]
+  # Gathered head by head, so that no transpose stands before the products.
+  k, v = (
+    x[layer, page_WC[:, None], jnp.arange(num_kv)[:, None]].reshape(
+      num_items, num_kv, chunk, -1
+    )
+    for x in (k_pages, v_pages)
+  )
+  f32 = dict(preferred_element_type=jnp.float32)
+  s = scale * jnp.einsum('WKRH,WKSH->WKRS', q_AKRH[tile_W], k, **f32)
+  if soft_cap is not None:
+    s = soft_cap * jnp.tanh(s / soft_cap)
+  slot_WS = chunk_W[:, None] * chunk + jnp.arange(chunk)
+  position_WR = position_AR[tile_W]
+  seen = slot_WS[:, None] <= position_WR[..., None]
+  seen &= (chunk_W >= 0)[:, None, None]
+  if window is not None:
+    seen &= position_WR[..., None] - slot_WS[:, None] < window
+  s = jnp.where(seen[:, None], s, _MASKED)
+
+  # Merged through a one-hot matrix: XLA's CPU scatter is a loop over rows.
+  of_tile_AW = tile_W == jnp.arange(m.shape[0])[:, None]
+  best_WKR = s.max(axis=-1)
+  best = jnp.where(of_tile_AW[:, :, None, None], best_WKR, _MASKED).max(axis=1)
+  m_new = jnp.maximum(m, best)
+  p = jnp.where(seen[:, None], jnp.exp(s - m_new[tile_W][..., None]), 0.0)
+  alpha = jnp.exp(m - m_new)
+  add = lambda x: jnp.einsum('AW,W...->A...', of_tile_AW.astype(x.dtype), x)
+  l = alpha * l + add(p.sum(axis=-1))
+  # Stale slots may hold anything; zero weight times NaN would spread.
+  v = jnp.where(seen.any(axis=1)[:, None, :, None], v, 0)
+  update = jnp.einsum('WKRS,WKSH->WKRH', p.astype(v.dtype), v, **f32)
+  return m_new, l, alpha[..., None] * acc + add(update)

@@ -1,0 +1,52 @@
+"""Eight CPU devices, TPU kernels interpreted, programs compiled once.
+
+Tests run on the CPU wherever they are. To run those marked for a device:
+`JAX_PLATFORMS=tpu pytest -m tpu`, `JAX_PLATFORMS=cuda pytest -m gpu`.
+"""
+
+import os
+import pathlib
+
+_DEVICES = '--xla_force_host_platform_device_count'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'
+
+from absl import flags
+import hypothesis
+import jax
+from jax.experimental.pallas import tpu as pltpu
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_MARK_OF = {'tpu': 'tpu', 'gpu': 'gpu', 'cuda': 'gpu'}
+
+# A size limit makes JAX lock the cache, so that two workers can share it.
+jax.config.update('jax_compilation_cache_dir', str(_ROOT / '.cache' / 'jax'))
+jax.config.update('jax_compilation_cache_max_size', 2**30)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+# The same examples every run, and no deadline: the first one compiles.
+hypothesis.settings.register_profile(
+  'onemesh', deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile('onemesh')
+
+# Binaries are called as functions: their flags have their defaults.
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_configure(config):
+  """Off TPU, runs Pallas TPU kernels on CPU, scratch memory full of NaN."""
+  del config
+  if jax.default_backend() != 'tpu':
+    pltpu.set_tpu_interpret_mode()
+
+
+def pytest_collection_modifyitems(items):
+  """Skips tests marked for a device that is not there."""
+  here = _MARK_OF.get(jax.default_backend())
+  for item in items:
+    for mark in {'tpu', 'gpu'} - {here}:
+      if item.get_closest_marker(mark):
+        item.add_marker(pytest.mark.skip(reason=f'needs a {mark.upper()}'))
