@@ -9,11 +9,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.checkpoints import gguf_import
 from jaxtrain.checkpoints import huggingface
 from jaxtrain.checkpoints import manager
 from jaxtrain.checkpoints.gguf_config import gguf_config
 from jaxtrain.checkpoints.gguf_file import open_gguf
+from jaxtrain.checkpoints.gguf_import import load_gguf
 from jaxtrain.checkpoints.gguf_tokenizer import gguf_special_tokens
 from jaxtrain.checkpoints.gguf_tokenizer import gguf_tokenizer
 from jaxtrain.checkpoints.tokenizer import HFTokenizer
@@ -54,12 +54,7 @@ def load_model(
     raise ValueError(f'{model} has a config of its own; do not give one')
   path = pathlib.Path(model)
   if path.is_file() and path.suffix == '.gguf':
-    config = gguf_config(open_gguf(path))
-    rules = fitted_rules(config, mesh, rules)
-    dtype = jnp.float32 if param_dtype is None else param_dtype
-    _, params = gguf_import.load_gguf(path, mesh, rules, dtype)
-    tokenizer = HFTokenizer(gguf_tokenizer(path), **gguf_special_tokens(path))
-    return config, params, rules, tokenizer
+    return _load_gguf(path, mesh, rules, param_dtype)
   if (path / 'config.json').is_file():
     config = huggingface.read_config(path)
     rules = fitted_rules(config, mesh, rules)
@@ -78,6 +73,18 @@ def load_model(
     f'no model at {str(model)!r}: give a directory with config.json and '
     'safetensors, a .gguf file, or a training checkpoint directory'
   )
+
+
+def _load_gguf(path, mesh, rules, param_dtype):
+  file = open_gguf(path)
+  config = gguf_config(file)
+  rules = fitted_rules(config, mesh, rules)
+  dtype = jnp.float32 if param_dtype is None else param_dtype
+  _, params = load_gguf(path, mesh, rules, dtype)
+  tokenizer = None
+  if file.get('tokenizer.ggml.model') is not None:
+    tokenizer = HFTokenizer(gguf_tokenizer(path), **gguf_special_tokens(path))
+  return config, params, rules, tokenizer
 
 
 def fitted_rules(
