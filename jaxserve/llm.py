@@ -163,7 +163,9 @@ class LLM:
           num_tokens += len(out.outputs[0].token_ids)
           bar.update()
           elapsed = bar.format_dict['elapsed'] or 1e-9
-          bar.set_postfix_str(f'{num_tokens / elapsed:.0f} tokens/s')
+          bar.set_postfix_str(
+            f'{num_tokens / elapsed:.0f} tokens/s', refresh=False
+          )
     return outputs
 
 
