@@ -70,7 +70,18 @@ SMALL = {
     ),
   }.items()
 }
+_CPU = dict(n=8, k=4, h=64, page_size=32, pages_per_seq=16, layers=1)
 MODEL = {
+  # A 27 M parameter model with 32 requests of 60 to 170 tokens.
+  'cpu_decode_b32': functools.partial(
+    _case, query_lens=(1,) * 32, kv_lens=tuple(range(60, 172, 7)) * 2, **_CPU
+  ),
+  'cpu_prefill_chunk_b32': functools.partial(
+    _case,
+    query_lens=(1,) * 16 + (120, 120) + (0,) * 14,
+    kv_lens=tuple(range(60, 172, 7)) + (120, 500) + (0,) * 14,
+    **_CPU,
+  ),
   'llama3_8b_decode_b64_2k': functools.partial(
     _case,
     query_lens=(1,) * 64,

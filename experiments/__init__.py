@@ -1,0 +1,1 @@
+"""Programs that train and serve: binaries, their configs, and benchmarks."""

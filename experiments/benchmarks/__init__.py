@@ -1,0 +1,1 @@
+"""Side-by-side measurements; every one checks its result first."""
