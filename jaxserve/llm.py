@@ -132,10 +132,7 @@ class LLM:
       outputs = self._run(set(ids), show_progress)
     except BaseException:
       # Also on Ctrl-C: what was not finished must not haunt the next call.
-      for i in ids:
-        self.engine.abort(i)
-      while self.engine.num_unfinished:
-        self.engine.step()
+      self.engine.forget(ids)
       raise
     return [outputs[i] for i in ids]
 

@@ -128,6 +128,13 @@ class Engine:
     if request_id in self._requests:
       self._requests[request_id].finish('abort')
 
+  def forget(self, request_ids: Sequence[int]) -> None:
+    """Ends requests at once, without output; unknown ones are ignored."""
+    for i in request_ids:
+      if i in self._requests:
+        self._requests[i].finish('abort')
+        self._release(self._requests.pop(i))
+
   def step(self) -> list[RequestOutput]:
     """Dispatches the next step, then commits the last one.
 

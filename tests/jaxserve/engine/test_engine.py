@@ -195,6 +195,21 @@ def test_abort_frees_everything(engine):
   assert len(engine._free_rows) == 4
 
 
+def test_forgotten_requests_leave_nothing(engine, tiny):
+  ids = [engine.add_request([i] * 30, _GREEDY) for i in range(6)]
+  other = engine.add_request([7, 7, 7], _GREEDY)
+  for _ in range(4):
+    engine.step()
+  engine.forget([*ids, 10**6])
+  assert engine.num_unfinished == 1
+  done = []
+  while engine.num_unfinished:
+    done += engine.step()
+  assert [out.request_id for out in done] == [other]
+  assert done[0].outputs[0].token_ids == tiny.greedy([7, 7, 7], 10)
+  assert engine._allocator.num_used == 0
+
+
 def test_nothing_compiles_after_warm_up(engine, small_runner):
   assert small_runner.num_programs == 2
   _run(engine, [[1]], _GREEDY)  # Host-side helpers of the first call.

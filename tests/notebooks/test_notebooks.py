@@ -1,0 +1,71 @@
+"""Every notebook runs from first cell to last, on simulated devices."""
+
+import os
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent.parent
+_NOTEBOOKS = sorted((_ROOT / 'notebooks').glob('*.ipynb'))
+
+
+def _run(path, folder, monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', str(_ROOT))
+  monkeypatch.setenv('IPYTHONDIR', str(folder / 'ipython'))
+  monkeypatch.setenv('JUPYTER_CONFIG_DIR', str(folder / 'jupyter'))
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  # The notebook itself asks for its devices.
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  notebook = nbformat.read(path, as_version=4)
+  nbclient.NotebookClient(
+    notebook, timeout=300, resources={'metadata': {'path': str(folder)}}
+  ).execute()
+  return notebook
+
+
+def _printed(notebook):
+  return ''.join(
+    out.text
+    for cell in notebook.cells
+    for out in cell.get('outputs', ())
+    if out.output_type == 'stream' and out.name == 'stdout'
+  )
+
+
+def _pictures(notebook):
+  return [
+    out.data['image/svg+xml']
+    for cell in notebook.cells
+    for out in cell.get('outputs', ())
+    if 'image/svg+xml' in out.get('data', {})
+  ]
+
+
+def test_train_and_serve(tmp_path, monkeypatch):
+  path = _ROOT / 'notebooks' / 'train_and_serve.ipynb'
+  notebook = _run(path, tmp_path, monkeypatch)
+  printed = _printed(notebook)
+  assert '8 x cpu' in printed
+  assert "train on 'data=2,fsdp=2,tensor=2', serve on 'tensor=2'" in printed
+  # Uniform guesses cost ln 264 = 5.6.
+  loss = float(re.search(r'held-out loss ([\d.]+)', printed).group(1))
+  assert loss < 3.2
+  assert 'trained: (2, 64, 176) in shards of (2, 32, 88)' in printed
+  assert 'restored: (2, 64, 176) in shards of (2, 64, 88)' in printed
+  wasted = re.search(r'32 requests in \d+ steps; ([\d.]+)%', printed).group(1)
+  assert 0 < float(wasted) < 50
+  loss_picture, kv_picture = _pictures(notebook)
+  assert 'held-out' in loss_picture and 'tokens held' in kv_picture
+
+
+@pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_without_outputs(path):
+  notebook = nbformat.read(path, as_version=4)
+  nbformat.validate(notebook)
+  for cell in notebook.cells:
+    if cell.cell_type == 'code':
+      assert not cell.outputs and cell.execution_count is None
+  assert os.path.getsize(path) < 100_000
