@@ -24,7 +24,7 @@ def find(config_json: Mapping[str, Any]) -> Family:
   Raises:
     ValueError: `model_type` is missing or of no known family.
   """
-  model_type = config_json.get('model_type')
+  model_type = str(config_json.get('model_type'))
   known = {}
   for name in names():
     family = get(name)

@@ -34,7 +34,7 @@ _ACTIVATIONS = {
   'gelu_pytorch_tanh': 'gelu',
   'gelu_new': 'gelu',
 }
-_LAYER_TYPES = {'full_attention': 'full', 'sliding_attention': 'sliding'}
+LAYER_TYPES = {'full_attention': 'full', 'sliding_attention': 'sliding'}
 _REQUIRED = object()
 
 
@@ -60,19 +60,37 @@ class Reader:
       )
     return default
 
-  def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-    """An integer; `default` if absent or null."""
+  def integer(
+    self, key: str, default: Any = _REQUIRED, minimum: int = 1
+  ) -> Any:
+    """An integer, at least `minimum`; `default` if absent or null."""
     value = self.get(key, default)
-    if value is not default and type(value) is not int:
-      raise ValueError(f'config.json: {key}={value!r} must be an integer')
+    if value is not default and (type(value) is not int or value < minimum):
+      raise ValueError(
+        f'config.json: {key}={value!r} must be an integer, at least {minimum}'
+      )
     return value
 
   def number(self, key: str, default: Any = _REQUIRED) -> Any:
-    """A float; `default` if absent or null."""
+    """A positive float; `default` if absent or null."""
     value = self.get(key, default)
     if value is default:
       return value
-    return _rope_json.number(value, f'config.json: {key}')
+    return _rope_json.positive(value, f'config.json: {key}')
+
+  def boolean(self, key: str, default: bool) -> bool:
+    """A boolean; `default` if absent or null."""
+    return self._typed(key, default, bool)
+
+  def mapping(self, key: str) -> dict[str, Any]:
+    """An object, which must be there."""
+    return dict(self._typed(key, _REQUIRED, Mapping))
+
+  def _typed(self, key, default, kind):
+    value = self.get(key, default)
+    if value is not default and not isinstance(value, kind):
+      raise ValueError(f'config.json: {key}={value!r} is not a {kind.__name__}')
+    return value
 
   def only(self, **allowed: Any) -> None:
     """Demands that keys are absent, null or have the one value given."""
@@ -105,7 +123,7 @@ class Reader:
     """The gate's activation under the first of `keys` that is there."""
     for key in keys:
       if (value := self.get(key, None)) is not None:
-        if value not in _ACTIVATIONS:
+        if str(value) not in _ACTIVATIONS:
           raise ValueError(
             f'config.json: {key}={value!r} is not supported; allowed: '
             f'{", ".join(_ACTIVATIONS)}'
@@ -115,17 +133,18 @@ class Reader:
 
   def layer_pattern(self, default: Sequence[str]) -> tuple[str, ...]:
     """`layer_types`, or else `default` (one 'full' or 'sliding' per layer)."""
-    given = self.get('layer_types', None)
+    given = self._typed('layer_types', None, list)
     if given is None:
       return shortest_pattern(default)
-    bad = sorted({str(t) for t in given} - set(_LAYER_TYPES))
+    given = [str(t) for t in given]
+    bad = sorted(set(given) - set(LAYER_TYPES))
     num_layers = self.integer('num_hidden_layers')
     if bad or len(given) != num_layers:
       raise ValueError(
         f'config.json: layer_types has {len(given)} entries, of which unknown: '
-        f'{bad}; wanted: {num_layers} of {", ".join(_LAYER_TYPES)}'
+        f'{bad}; wanted: {num_layers} of {", ".join(LAYER_TYPES)}'
       )
-    return shortest_pattern([_LAYER_TYPES[t] for t in given])
+    return shortest_pattern([LAYER_TYPES[t] for t in given])
 
   def rope(
     self,
@@ -143,15 +162,17 @@ class Reader:
       is_scaled: Whether transformers 4's `rope_scaling` applies to this type.
     """
     theta = self.number(theta_key, theta)
-    scaling = self.get('rope_scaling', None) if is_scaled else None
-    parameters = self.get('rope_parameters', {})
-    nested = [k for k in parameters if k in _LAYER_TYPES]
+    scaling = self._typed('rope_scaling', {}, Mapping) if is_scaled else {}
+    parameters = self._typed('rope_parameters', {}, Mapping)
+    nested = [k for k in parameters if k in LAYER_TYPES]
     if nested:
       parameters = parameters.get(layer_type) or {}
+      if not isinstance(parameters, Mapping):
+        raise ValueError(f'config.json: rope_parameters={parameters!r}')
     elif not is_scaled:
       parameters = {}
     # As in transformers 5: the older key, where both are given, wins.
-    parameters = {**parameters, **(scaling or {})}
+    parameters = {**parameters, **scaling}
     self.only(partial_rotary_factor=1.0)
     original = self.integer('original_max_position_embeddings', None)
     max_len = self.integer('max_position_embeddings')
@@ -182,7 +203,7 @@ class Reader:
       mlp_dim=self.integer('intermediate_size'),
       max_seq_len=self.integer('max_position_embeddings'),
       norm_eps=self.number('rms_norm_eps', 1e-6),
-      tie_embeddings=bool(self.get('tie_word_embeddings', False)),
+      tie_embeddings=self.boolean('tie_word_embeddings', False),
     )
     values.update(overrides)
     if 'rope' not in values:
@@ -211,12 +232,6 @@ def shared_keys(config: ModelConfig) -> dict[str, Any]:
   )
 
 
-def hf_layer_types(config: ModelConfig) -> list[str]:
-  """`layer_types` of config.json."""
-  spelling = {ours: theirs for theirs, ours in _LAYER_TYPES.items()}
-  return [spelling[t] for t in config.layer_types]
-
-
 def activation_name(config: ModelConfig) -> str:
   """`hidden_act` of config.json."""
   return {'silu': 'silu', 'gelu': 'gelu_pytorch_tanh'}[config.activation]
@@ -230,16 +245,6 @@ def shortest_pattern(types: Sequence[str]) -> tuple[str, ...]:
   return ()
 
 
-def is_sliding(config: ModelConfig) -> bool:
-  """Whether any layer has a window."""
-  return 'sliding' in config.layer_types
-
-
-def window(config: ModelConfig) -> int | None:
-  """`sliding_window` of config.json; null if no layer has one."""
-  return config.sliding_window if is_sliding(config) else None
-
-
 def experts_of(config: ModelConfig) -> MoE:
   """The mixture of experts of a family that always has one."""
   if config.moe is None:
@@ -247,37 +252,3 @@ def experts_of(config: ModelConfig) -> MoE:
       f'family {config.family!r} has experts, but the config has moe=None'
     )
   return config.moe
-
-
-def uniform_window(reader: Reader, window: int | None) -> dict[str, Any]:
-  """Fields of a model whose layers all have the window, if there is one."""
-  kind = 'sliding' if window else 'full'
-  pattern = reader.layer_pattern([kind] * reader.integer('num_hidden_layers'))
-  return dict(sliding_window=window, layer_pattern=pattern)
-
-
-def read_late_windows(reader: Reader) -> dict[str, Any]:
-  """Fields of Qwen: windows, if used, from layer `max_window_layers` on."""
-  window = reader.window(absent=4096)
-  first = reader.integer('max_window_layers', 28)
-  if not reader.get('use_sliding_window', False):
-    window = None
-  default = [
-    'sliding' if window and i >= first else 'full'
-    for i in range(reader.integer('num_hidden_layers'))
-  ]
-  return dict(
-    sliding_window=window, layer_pattern=reader.layer_pattern(default)
-  )
-
-
-def write_late_windows(config: ModelConfig) -> dict[str, Any]:
-  """Keys of `read_late_windows`."""
-  types = config.layer_types
-  first = types.index('sliding') if is_sliding(config) else len(types)
-  return dict(
-    use_sliding_window=is_sliding(config),
-    sliding_window=window(config),
-    max_window_layers=first,
-    layer_types=hf_layer_types(config),
-  )

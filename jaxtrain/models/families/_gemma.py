@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.families import _config_json
+from jaxtrain.models.families import _windows
 
 
 def read(
@@ -28,7 +29,7 @@ def read(
     post_norms=True,
     norm_plus_one=True,
     embed_scale=True,
-    tie_embeddings=bool(r.get('tie_word_embeddings', True)),
+    tie_embeddings=r.boolean('tie_word_embeddings', True),
     query_scale=None if scalar == head_dim else scalar**-0.5,
     attention_soft_cap=cap('attn_logit_softcapping', attention_soft_cap),
     logit_soft_cap=cap('final_logit_softcapping', logit_soft_cap),
@@ -47,7 +48,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     query_pre_attn_scalar=scalar,
     # transformers builds the mask of a window even if no layer uses it.
     sliding_window=config.sliding_window or 4096,
-    layer_types=_config_json.hf_layer_types(config),
+    layer_types=_windows.hf_layer_types(config),
     attn_logit_softcapping=config.attention_soft_cap,
     final_logit_softcapping=config.logit_soft_cap,
   )

@@ -48,7 +48,8 @@ def read(
   legacy = rest.pop('type', 'default')
   kind = str(rest.pop('rope_type', legacy))
   scaling = 'none' if kind == 'default' else kind
-  theta = number(rest.pop('rope_theta', None) or theta, 'rope_theta')
+  own_theta = rest.pop('rope_theta', None)
+  theta = positive(theta if own_theta is None else own_theta, 'rope_theta')
   if rest.pop('partial_rotary_factor', 1.0) != 1.0:
     raise ValueError(
       f'rope {dict(parameters)}: partial_rotary_factor is not supported; '
@@ -70,7 +71,7 @@ def read(
   for field, key in _ROPE_KEYS[scaling].items():
     value = rest.pop(key, None)
     if value is not None:
-      fields[field] = number(value, key)
+      fields[field] = positive(value, key)
     elif scaling == 'llama3' or field == 'factor':
       raise ValueError(f'rope {dict(parameters)}: {key!r} is missing')
   if unknown := sorted(k for k, v in rest.items() if v is not None):
@@ -128,8 +129,9 @@ def canonical(rope: Rope) -> Rope:
   return dataclasses.replace(Rope(), **fields)
 
 
-def number(value: Any, name: str) -> float:
-  """Checks that a value from JSON is a number."""
-  if isinstance(value, bool) or not isinstance(value, int | float):
-    raise ValueError(f'{name}={value!r} must be a number')
+def positive(value: Any, name: str) -> float:
+  """Checks that a value from JSON is a number, finite and above zero."""
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not 0 < value < math.inf:
+    raise ValueError(f'{name}={value!r} must be a number above zero')
   return float(value)

@@ -38,7 +38,7 @@ def _read(r):
     for key in _VISION_KEYS:
       r.get(key, None)
     r.only(quantization_config=None)
-    text = dict(r.get('text_config')) | {'model_type': 'gemma3_text'}
+    text = r.mapping('text_config') | {'model_type': 'gemma3_text'}
     return gemma3.config_from_hf(_DEFAULTS | text)
   num_layers = r.integer('num_hidden_layers')
   period = r.integer('sliding_window_pattern', _PATTERN)

@@ -10,18 +10,19 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.config import Rope
 from jaxtrain.models.families import _config_json
 from jaxtrain.models.families import _weights
+from jaxtrain.models.families import _windows
 from jaxtrain.models.families import base
 
 
 def _read(r):
-  return r.decoder(**_config_json.uniform_window(r, r.window(absent=4096)))
+  return r.decoder(**_windows.uniform_window(r, r.window(absent=4096)))
 
 
 def _write(config):
   return dict(
     hidden_act=_config_json.activation_name(config),
     sliding_window=config.sliding_window
-    if _config_json.is_sliding(config)
+    if _windows.is_sliding(config)
     else None,
   )
 

@@ -8,13 +8,14 @@ from jaxtrain.models.config import MoE
 from jaxtrain.models.config import Rope
 from jaxtrain.models.families import _config_json
 from jaxtrain.models.families import _weights
+from jaxtrain.models.families import _windows
 from jaxtrain.models.families import base
 
 
 def _read(r):
   return r.decoder(
     theta=1_000_000.0,
-    **_config_json.uniform_window(r, r.window()),
+    **_windows.uniform_window(r, r.window()),
     moe=MoE(
       num_experts=r.integer('num_local_experts', 8),
       num_experts_per_token=r.integer('num_experts_per_tok', 2),
@@ -28,7 +29,7 @@ def _write(config):
   return dict(
     hidden_act=_config_json.activation_name(config),
     sliding_window=config.sliding_window
-    if _config_json.is_sliding(config)
+    if _windows.is_sliding(config)
     else None,
     num_local_experts=moe.num_experts,
     num_experts_per_tok=moe.num_experts_per_token,

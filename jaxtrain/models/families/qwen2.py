@@ -10,17 +10,18 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.config import Rope
 from jaxtrain.models.families import _config_json
 from jaxtrain.models.families import _weights
+from jaxtrain.models.families import _windows
 from jaxtrain.models.families import base
 
 
 def _read(r):
-  return r.decoder(qkv_bias=True, **_config_json.read_late_windows(r))
+  return r.decoder(qkv_bias=True, **_windows.read_late_windows(r))
 
 
 def _write(config):
   return dict(
     hidden_act=_config_json.activation_name(config),
-    **_config_json.write_late_windows(config),
+    **_windows.write_late_windows(config),
   )
 
 

@@ -9,6 +9,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.config import Rope
 from jaxtrain.models.families import _config_json
 from jaxtrain.models.families import _weights
+from jaxtrain.models.families import _windows
 from jaxtrain.models.families import base
 
 
@@ -17,7 +18,7 @@ def _read(r):
   return r.decoder(
     qk_norm=True,
     head_dim=r.integer('head_dim', 128),
-    **_config_json.read_late_windows(r),
+    **_windows.read_late_windows(r),
   )
 
 
@@ -25,7 +26,7 @@ def _write(config):
   return dict(
     hidden_act=_config_json.activation_name(config),
     attention_bias=False,
-    **_config_json.write_late_windows(config),
+    **_windows.write_late_windows(config),
   )
 
 

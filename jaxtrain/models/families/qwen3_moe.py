@@ -8,6 +8,7 @@ from jaxtrain.models.config import MoE
 from jaxtrain.models.config import Rope
 from jaxtrain.models.families import _config_json
 from jaxtrain.models.families import _weights
+from jaxtrain.models.families import _windows
 from jaxtrain.models.families import base
 
 
@@ -15,7 +16,7 @@ def _read(r):
   r.only(attention_bias=False, decoder_sparse_step=1, mlp_only_layers=[])
   r.get('max_window_layers', None)  # Unused: a window is on every layer.
   window = r.window(absent=4096)
-  if not r.get('use_sliding_window', False):
+  if not r.boolean('use_sliding_window', False):
     window = None
   num_experts = r.integer('num_experts', None)
   if num_experts is None:  # As some versions of transformers 5 write it.
@@ -23,12 +24,12 @@ def _read(r):
   return r.decoder(
     qk_norm=True,
     head_dim=r.integer('head_dim', 128),
-    **_config_json.uniform_window(r, window),
+    **_windows.uniform_window(r, window),
     moe=MoE(
       num_experts=num_experts,
       num_experts_per_token=r.integer('num_experts_per_tok'),
       mlp_dim=r.integer('moe_intermediate_size'),
-      normalize_weights=bool(r.get('norm_topk_prob', False)),
+      normalize_weights=r.boolean('norm_topk_prob', False),
     ),
   )
 
@@ -38,8 +39,8 @@ def _write(config):
   return dict(
     hidden_act=_config_json.activation_name(config),
     attention_bias=False,
-    use_sliding_window=_config_json.is_sliding(config),
-    sliding_window=_config_json.window(config),
+    use_sliding_window=_windows.is_sliding(config),
+    sliding_window=_windows.window(config),
     num_experts=moe.num_experts,
     num_experts_per_tok=moe.num_experts_per_token,
     moe_intermediate_size=moe.mlp_dim,
