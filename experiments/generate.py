@@ -12,6 +12,7 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from jaxserve import LLM
 from jaxserve import EngineConfig
@@ -54,6 +55,8 @@ _LOGPROBS = flags.DEFINE_integer(
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}; prompts are --prompt=')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
   try:
     _run(_prompts())
   except (ValueError, OSError) as e:

@@ -15,6 +15,7 @@ import time
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from experiments import configs
 from experiments import report
@@ -51,6 +52,8 @@ _PROMPTS = (
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
   if _SIMULATE.value:
     simulate_devices(_SIMULATE.value)
   workdir = pathlib.Path(_WORKDIR.value)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.common import varying
+
 _MIN_BLOCK, _MAX_BLOCK = 4, 128
 
 
@@ -30,7 +32,7 @@ def grouped_matmul(
   out_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
   if 0 in lhs.shape or 0 in rhs.shape:
     return jnp.zeros((lhs.shape[0], rhs.shape[2]), out_dtype)
-  lhs, rhs, group_sizes = _vary_alike(lhs, rhs, group_sizes)
+  lhs, rhs, group_sizes = varying.vary_alike(lhs, rhs, group_sizes)
   return _grouped_matmul(out_dtype, lhs, rhs, group_sizes)
 
 
@@ -67,7 +69,9 @@ def _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts):
     return jax.lax.dynamic_update_slice(out, product, (start[i], 0))
 
   shape = (num_rows + block, rhs.shape[2 - rhs_contracts])
-  out = jax.lax.fori_loop(0, num_blocks, body, _zeros(shape, out_dtype, lhs))
+  out = jax.lax.fori_loop(
+    0, num_blocks, body, varying.zeros(shape, out_dtype, lhs)
+  )
   used = jnp.arange(num_rows) < jnp.sum(group_sizes)
   return jnp.where(used[:, None], out[:num_rows], 0)
 
@@ -90,7 +94,7 @@ def _backward_rhs(lhs, d_out, rhs, group_sizes):
       d_rhs, old + _dot(rows, d_rows, 0, 0), group[i], 0
     )
 
-  zeros = _zeros(rhs.shape, jnp.float32, lhs)
+  zeros = varying.zeros(rhs.shape, jnp.float32, lhs)
   d_rhs = jax.lax.fori_loop(0, num_blocks, body, zeros)
   return d_rhs.astype(rhs.dtype)
 
@@ -124,25 +128,3 @@ def _blocks(group_sizes, num_rows):
   within = index - (last - blocks)[group]
   start = end - group_sizes[group] + within * block
   return group, start, end, last[-1], block
-
-
-def _vary_alike(*arrays):
-  """Makes arrays vary over the same manual mesh axes inside `shard_map`.
-
-  A loop's carry must vary as its body's result does; the transpose of the cast
-  sums the gradient over the axes an argument did not vary over.
-  """
-  axes = frozenset().union(*map(_varying, arrays))
-  return tuple(_vary(a, axes - _varying(a)) for a in arrays)
-
-
-def _varying(array):
-  return jax.typeof(array).mat.varying
-
-
-def _vary(array, axes):
-  return jax.lax.pcast(array, tuple(axes), to='varying') if axes else array
-
-
-def _zeros(shape, dtype, like):
-  return _vary(jnp.zeros(shape, dtype), _varying(like))

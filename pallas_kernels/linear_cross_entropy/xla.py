@@ -20,6 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import varying
+
 _CHUNK_TOKENS = 512
 
 
@@ -47,7 +49,8 @@ def linear_cross_entropy(
   chunk = min(chunk or max(_CHUNK_TOKENS // b, 1), t)
   chunk = -(-t // -(-t // chunk))  # As even as the number of chunks allows.
   config = _Config(z_loss, logit_soft_cap, chunk, tuple(shards))
-  loss, sums = _loss(config, x, head, targets, weights)
+  arrays = varying.vary_alike(x, head, targets, weights)
+  loss, sums = _loss(config, *arrays)
   return loss, jax.lax.stop_gradient(sums)
 
 
@@ -80,10 +83,10 @@ def _run(config, x, head, targets, weights, with_gradients):
   )
   num_sums = 4
   shard_shape = chunks[0].shape[1], chunks[0].shape[3]
-  axes = frozenset().union(*map(_varying, (x, head, targets, weights)))
+  zeros = functools.partial(varying.zeros, dtype=jnp.float32, like=x)
   carry = (
-    _zeros((num_sums,), axes),
-    _zeros((*shard_shape, *head.shape), axes) if with_gradients else None,
+    zeros((num_sums,)),
+    zeros((*shard_shape, *head.shape)) if with_gradients else None,
   )
 
   def body(carry, chunk):
@@ -162,12 +165,3 @@ def _from_chunks(a, num_positions, config):
 
 def _einsum(spec, a, b):
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _varying(array):
-  return jax.typeof(array).mat.varying
-
-
-def _zeros(shape, axes):
-  zeros = jnp.zeros(shape, jnp.float32)
-  return jax.lax.pcast(zeros, tuple(axes), to='varying') if axes else zeros

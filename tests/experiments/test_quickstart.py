@@ -16,8 +16,7 @@ def _run(*args, timeout_s=240):
     'PYTHONPATH': str(_ROOT),
     'JAX_PLATFORMS': 'cpu',
     # As in conftest.py: repeated runs compile nothing anew.
-    'JAX_COMPILATION_CACHE_DIR': str(_ROOT / '.cache' / 'jax'),
-    'JAX_COMPILATION_CACHE_MAX_SIZE': str(2**30),
+    'JAX_COMPILATION_CACHE_DIR': str(_ROOT / '.cache' / 'jax_binaries'),
   }
   env.pop('XLA_FLAGS', None)
   return subprocess.run(

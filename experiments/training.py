@@ -1,0 +1,180 @@
+"""Runs one training as a config describes it; a function, no flags."""
+
+from collections.abc import Mapping
+import functools
+import os
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxtrain import data
+from jaxtrain import distributed
+from jaxtrain import loop
+from jaxtrain import optimizers
+from jaxtrain import schedules
+from jaxtrain.checkpoints.tokenizer import load_tokenizer
+from jaxtrain.memory import policies
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.sharding import PRESETS
+from jaxtrain.sharding import ShardingRules
+from jaxtrain.sharding import make_mesh
+from jaxtrain.sharding import named_sharding
+
+# What a config may say of the loop and of the step, passed on as it is.
+OPTIONS = (
+  'accumulation',
+  'eval_every',
+  'keep',
+  'log_every',
+  'max_grad_norm',
+  'progress',
+  'save_every',
+  'z_loss',
+)
+
+
+def run(
+  workdir: str | os.PathLike | None,
+  *,
+  model: ModelConfig,
+  steps: int,
+  seq_len: int,
+  batch_size: int,
+  optimizer: Mapping[str, Any],
+  schedule: Mapping[str, Any],
+  source: Mapping[str, Any] | str = 'stdlib',
+  tokenizer: str = 'byte',
+  packing: str = 'best_fit',
+  mesh: str = '',
+  across_slices: str = '',
+  rules: str | Mapping[str, Any] = 'default',
+  dtype: str = 'float32',
+  param_dtype: str = 'float32',
+  remat: str = 'none',
+  seed: int = 0,
+  eval_batches: int = 16,
+  **options: Any,
+) -> loop.TrainResult:
+  """Trains one model; the keyword arguments are what a config may hold.
+
+  Args:
+    workdir: Folder of the run; `None` writes nothing.
+    model: Architecture.
+    steps: Updates of the whole run.
+    seq_len: T, tokens in a row.
+    batch_size: B, rows in the global batch.
+    optimizer: {'name': file in jaxtrain/optimizers/, and its arguments}.
+    schedule: {'name': file in jaxtrain/schedules/, and its arguments};
+      `num_steps` is `steps` unless given.
+    source: {'name': file in jaxtrain/data/sources/, and its arguments}, or just
+      the name.
+    tokenizer: 'byte', or the path of a tokenizer.json.
+    packing: See `make_dataset`.
+    mesh: Such as 'data=2,fsdp=2,tensor=2'.
+    across_slices: See `make_mesh`.
+    rules: Name of a preset, or the arguments of `ShardingRules`.
+    dtype: Of activations and matrix products.
+    param_dtype: Of parameters, gradients and optimizer.
+    remat: Name in jaxtrain/memory/policies.py.
+    seed: Of parameters and data order.
+    eval_batches: Batches per evaluation on the validation split; 0 never
+      evaluates.
+    **options: Those of `OPTIONS`, see `jaxtrain.loop.train` and
+      `jaxtrain.train_step.make_train_step`.
+
+  Returns:
+    What `loop.train` returns.
+
+  Raises:
+    ValueError: An unknown name (known ones are listed), or sizes that do not
+      fit together.
+  """
+  text = load_tokenizer(tokenizer)
+  _check_sizes(model, text.vocab_size, seq_len)
+  rules = _rules(rules)
+  mesh = make_mesh(mesh, across_slices=across_slices)
+  rate = _named(schedules, 'schedule', {'num_steps': steps, **schedule})
+  tx = _named(optimizers, 'optimizer', optimizer, learning_rate=rate)
+  transformer = Transformer(
+    model,
+    dtype=_dtype('dtype', dtype),
+    param_dtype=_dtype('param_dtype', param_dtype),
+    remat=policies.get(remat),
+  )
+  share = distributed.batch_share(named_sharding(mesh, rules, 'batch', 'seq'))
+  dataset = functools.partial(
+    _dataset,
+    source,
+    tokenizer=text,
+    seq_len=seq_len,
+    batch_size=batch_size,
+    seed=seed,
+    packing=packing,
+    share=share,
+  )
+  return loop.train(
+    transformer,
+    tx,
+    dataset('train'),
+    mesh=mesh,
+    rules=rules,
+    steps=steps,
+    seed=seed,
+    workdir=workdir,
+    metadata={'tokenizer': str(tokenizer)},
+    eval_dataset=dataset('validation') if eval_batches else None,
+    eval_batches=max(eval_batches, 1),
+    learning_rate=rate,
+    **options,
+  )
+
+
+def _dataset(source, split, share, **options):
+  source = {'name': source} if isinstance(source, str) else source
+  documents = _named(data, 'source', source, split=split)
+  return data.make_dataset(
+    documents, process_index=share[0], process_count=share[1], **options
+  )
+
+
+def _check_sizes(model, vocab_size, seq_len):
+  if vocab_size > model.vocab_size:
+    raise ValueError(
+      f'the tokenizer has {vocab_size} ids, more than model.vocab_size='
+      f'{model.vocab_size}'
+    )
+  if seq_len > model.max_seq_len:
+    raise ValueError(
+      f'seq_len={seq_len} is more than model.max_seq_len={model.max_seq_len}'
+    )
+
+
+def _named(family, what, options, **arguments):
+  """Calls the function of a family that `options` names with the rest."""
+  options = dict(options)
+  if 'name' not in options:
+    raise ValueError(
+      f"{what} has no 'name'; known: {', '.join(family.names())}"
+    )
+  name = options.pop('name')
+  function = family.get(name)
+  try:
+    return function(**arguments, **options)
+  except TypeError as e:
+    raise ValueError(f'{what} {name!r}: {e}') from e
+
+
+def _rules(rules):
+  if not isinstance(rules, str):
+    return ShardingRules(**rules)
+  if rules not in PRESETS:
+    raise ValueError(f'unknown rules {rules!r}; known: {", ".join(PRESETS)}')
+  return PRESETS[rules]
+
+
+def _dtype(name, value):
+  known = ('float32', 'bfloat16', 'float16')
+  if value not in known:
+    raise ValueError(f'{name}={value!r} is not one of {", ".join(known)}')
+  return jnp.dtype(value)

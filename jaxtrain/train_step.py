@@ -1,0 +1,227 @@
+"""One jitted, donated training step, the same for every mesh.
+
+Parallelism is in the shardings of the state and of the batch, which the rules
+give; the step is single-device code that XLA partitions (GSPMD, Xu et al.,
+https://arxiv.org/abs/2105.04663).
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import optax
+
+from jaxtrain import train_state as train_state_lib
+from jaxtrain.models.attention import Causal
+from jaxtrain.models.transformer import output_head
+from jaxtrain.sharding.partition import constrainer
+from jaxtrain.sharding.partition import named_sharding
+from jaxtrain.sharding.rules import ShardingRules
+from jaxtrain.train_state import TrainState
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+BATCH_KEYS = ('tokens', 'targets', 'positions', 'segment_ids', 'weights')
+
+
+def batch_shardings(
+  mesh: Mesh, rules: ShardingRules
+) -> dict[str, NamedSharding]:
+  """Shardings of the `[B, T]` arrays of a batch."""
+  sharding = named_sharding(mesh, rules, 'batch', 'seq')
+  return {name: sharding for name in BATCH_KEYS}
+
+
+def make_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  rules: ShardingRules,
+  *,
+  accumulation: int = 1,
+  max_grad_norm: float | None = 1.0,
+  z_loss: float = 0.0,
+  learning_rate: optax.Schedule | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Builds `step(state, batch) -> (state, metrics)`, jitted, `state` donated.
+
+  The loss is the mean over the batch's weights of cross-entropy and z-loss. If
+  it or the gradient is not finite the state comes back as it was, step number
+  included.
+
+  Args:
+    model: The `Transformer`, made with `shard=constrainer(mesh, rules)`.
+    tx: Optimizer; sees clipped float32 gradients.
+    mesh: Mesh of the state.
+    rules: Logical to mesh axes.
+    accumulation: Number of equal parts of the batch whose gradients are added
+      up one after the other. The result is that of the whole batch.
+    max_grad_norm: Gradients with a larger global norm are scaled down to it;
+      `None` never.
+    z_loss: Factor of the z-loss (https://arxiv.org/abs/2204.02311, section 5).
+    learning_rate: The schedule inside `tx`, to be reported as 'learning_rate'.
+
+  Returns:
+    The step. Batches are dicts of `BATCH_KEYS`, `[B, T]`, sharded by
+    `batch_shardings`. Metrics are float32 scalars: 'loss' (z-loss included),
+    'nll' (without), 'accuracy', 'grad_norm' (before clipping), 'weight' (sum of
+    the batch's weights) and 'finite' (1 or 0).
+
+  Raises:
+    ValueError: `accumulation` below 1, or a batch that it or the mesh does not
+      divide (when the step is traced).
+  """
+  if accumulation < 1:
+    raise ValueError(f'accumulation={accumulation} must be at least 1')
+  spec = train_state_lib.state_spec(model, tx, mesh, rules)
+  loss_fn = functools.partial(
+    loss_sums, model, mesh=mesh, rules=rules, z_loss=z_loss
+  )
+
+  def step(state, batch):
+    _check_batch(batch, mesh, rules, accumulation)
+    noise = jax.random.fold_in(
+      jax.random.wrap_key_data(state.rng, impl='threefry2x32'), state.step
+    )
+    grads, sums = _gradients(loss_fn, state.params, batch, noise, accumulation)
+    weight = jnp.maximum(sums['weight'], 1e-8)
+    norm = optax.tree.norm(grads) / weight
+    scale = 1.0 / weight
+    if max_grad_norm is not None:
+      scale *= max_grad_norm / jnp.maximum(norm, max_grad_norm)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    loss = (sums['nll'] + sums['z_loss']) / weight
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      rng=state.rng,
+    )
+    new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    metrics = dict(
+      loss=loss,
+      nll=sums['nll'] / weight,
+      accuracy=sums['correct'] / weight,
+      grad_norm=norm,
+      weight=sums['weight'],
+      finite=finite.astype(jnp.float32),
+    )
+    if learning_rate is not None:
+      rate = learning_rate(state.step)
+      metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return new, metrics
+
+  replicated = NamedSharding(mesh, P())
+  return jax.jit(
+    step,
+    in_shardings=(spec.shardings, batch_shardings(mesh, rules)),
+    out_shardings=(spec.shardings, replicated),
+    donate_argnums=0,
+  )
+
+
+def make_eval_step(
+  model: nn.Module, mesh: Mesh, rules: ShardingRules
+) -> Callable[[Any, Batch], Metrics]:
+  """Builds `step(params, batch) -> sums`, jitted.
+
+  Returns:
+    The step; its sums are float32 scalars 'nll', 'correct' and 'weight', to be
+    added over batches and divided by the weight at the end.
+  """
+
+  def step(params, batch):
+    _check_batch(batch, mesh, rules, 1)
+    _, sums = loss_sums(
+      model, params, batch, jax.random.key(0), mesh=mesh, rules=rules
+    )
+    return {name: sums[name] for name in ('nll', 'correct', 'weight')}
+
+  return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+
+
+def loss_sums(
+  model: nn.Module,
+  params: Any,
+  batch: Batch,
+  noise: jax.Array,
+  *,
+  mesh: Mesh,
+  rules: ShardingRules,
+  z_loss: float = 0.0,
+) -> tuple[jax.Array, Metrics]:
+  """Loss of a batch summed over its weights, and `linear_cross_entropy`'s sums.
+
+  Args:
+    model: The `Transformer`.
+    params: Its parameters.
+    batch: See `make_train_step`.
+    noise: Random key for modules that want one.
+    mesh: Mesh of the arrays.
+    rules: Logical to mesh axes.
+    z_loss: Factor of the z-loss.
+  """
+  hidden, _ = model.apply(
+    {'params': params},
+    batch['tokens'],
+    batch['positions'],
+    Causal(segment_ids=batch['segment_ids']),
+    unembed=False,
+    rngs={'dropout': noise},
+  )
+  # Whole along D, so that logits need no sum over devices. One gather a step.
+  head = constrainer(mesh, rules)(output_head(params), None, 'vocab')
+  return linear_cross_entropy(
+    hidden,
+    head,
+    batch['targets'],
+    batch['weights'],
+    z_loss=z_loss,
+    logit_soft_cap=model.config.logit_soft_cap,
+    shards=train_state_lib.batch_shards(mesh, rules),
+  )
+
+
+def _gradients(loss_fn, params, batch, noise, accumulation):
+  """Float32 gradients of the summed loss, and the sums, of the whole batch."""
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def part(batch, noise):
+    (_, sums), grads = grad_fn(params, batch, noise)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+  if accumulation == 1:
+    return part(batch, noise)
+
+  def add(total, part_input):
+    return jax.tree.map(jnp.add, total, part(*part_input)), None
+
+  # Row r goes to part r % accumulation: every shard has rows in every part.
+  split = lambda a: jnp.moveaxis(
+    a.reshape(a.shape[0] // accumulation, accumulation, *a.shape[1:]), 1, 0
+  )
+  parts = jax.tree.map(split, batch), jax.random.split(noise, accumulation)
+  first = jax.eval_shape(part, batch, noise)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+  return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _check_batch(batch, mesh, rules, accumulation):
+  if missing := set(BATCH_KEYS) - set(batch):
+    raise ValueError(f'the batch lacks {", ".join(sorted(missing))}')
+  b, t = batch['tokens'].shape
+  rows, columns = train_state_lib.batch_shards(mesh, rules)
+  if b % (rows * accumulation) or t % columns:
+    raise ValueError(
+      f'a batch of {b} rows of {t} tokens does not divide into {rows} x '
+      f'{columns} shards of the mesh and accumulation={accumulation} parts'
+    )

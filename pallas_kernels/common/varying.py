@@ -1,0 +1,34 @@
+"""Arrays that differ from shard to shard inside `jax.shard_map`.
+
+There a type says over which mesh axes a value varies, and JAX checks it: the
+carry of a loop, and the gradients of a `custom_vjp`, must vary as what they
+are made from. Outside `shard_map` these functions do nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays, all varying over the axes that any of them varies over.
+
+  The gradient of one that did not is summed over the axes it was given.
+  """
+  axes = frozenset().union(*map(_axes, arrays))
+  return tuple(_vary(a, axes - _axes(a)) for a in arrays)
+
+
+def zeros(
+  shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array
+) -> jax.Array:
+  """Zeros that vary as `like` does."""
+  return _vary(jnp.zeros(shape, dtype), _axes(like))
+
+
+def _axes(array):
+  return jax.typeof(array).mat.varying
+
+
+def _vary(array, axes):
+  return jax.lax.pcast(array, tuple(axes), to='varying') if axes else array
