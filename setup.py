@@ -22,6 +22,7 @@ setuptools.setup(
   package_data={'': ['*.json']},
   install_requires=[
     'absl-py>=2.1',
+    'cloudpickle>=3.1',
     'flax>=0.12.8',
     'gguf>=0.17',
     'grain>=0.2.18',

@@ -40,6 +40,8 @@ _ALL = _TRAIN | _SERVE | {'absl', 'matplotlib'}
 _BASELINES = {'torch', 'transformers'}
 _THIRD_PARTY = {
   'pallas_kernels': _KERNELS,
+  # Sends functions to the process that compiles them.
+  'pallas_kernels.tpu_compiler': _KERNELS | {'cloudpickle'},
   **{package: _HEART for package in _LEVEL_1[1:]},
   # Training and serving read the same tokenizers, some out of GGUF files. The
   # Gemma package holds one such file and no code.
