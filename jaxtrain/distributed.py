@@ -108,14 +108,14 @@ def batch_share(sharding: NamedSharding) -> tuple[int, int]:
   if jax.process_index() not in rows:
     raise ValueError(
       f'process {jax.process_index()} has no device in the mesh '
-      f'{dict(sharding.mesh.shape)}'
+      f'{_sizes(sharding.mesh)}'
     )
   shares = {tuple(sorted(r)) for r in rows.values()}
   count = len(shares)
   size = num_rows // count
   if shares != {tuple(range(i * size, (i + 1) * size)) for i in range(count)}:
     raise ValueError(
-      f'the mesh {dict(sharding.mesh.shape)} spreads the batch so that '
+      f'the mesh {_sizes(sharding.mesh)} spreads the batch so that '
       'processes hold neither the same nor separate runs of rows'
     )
   return min(rows[jax.process_index()]) // size, count
@@ -142,9 +142,13 @@ def global_batch(
     except ValueError as e:
       raise ValueError(
         f'a batch of {shape[0]} rows of {shape[1]} tokens does not divide over '
-        f'the mesh {dict(sharding.mesh.shape)} as {sharding.spec}'
+        f'the mesh {_sizes(sharding.mesh)} as {sharding.spec}'
       ) from e
     result[name] = jax.make_array_from_process_local_data(
       sharding, local, shape
     )
   return result
+
+
+def _sizes(mesh):
+  return {axis: size for axis, size in mesh.shape.items() if size > 1}

@@ -10,6 +10,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.models.projection import project
 from jaxtrain.sharding.partition import Shard
 from jaxtrain.sharding.partition import unsharded
 
@@ -75,14 +76,7 @@ class Linear(nn.Module):
       (*in_shape, *self.features),
       self.param_dtype,
     )
-    y = jax.lax.dot_general(
-      x.astype(self.dtype),
-      kernel.astype(self.dtype),
-      (
-        (tuple(range(x.ndim - self.num_in, x.ndim)), in_axes),
-        ((), ()),
-      ),
-    )
+    y = project(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
     if self.use_bias:
       bias = self.param(
         'bias',

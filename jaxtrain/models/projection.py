@@ -1,6 +1,5 @@
 """Matrix product of activations and a weight, with a backward for CPUs too."""
 
-import functools
 import math
 
 import jax
@@ -25,13 +24,16 @@ def project(x: jax.Array, kernel: jax.Array, num_in: int = 1) -> jax.Array:
   return _project(num_in, *vary_alike(x, kernel))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(num_in, x, kernel):
+def _forward(num_in, x, kernel):
   return _dot(x, kernel, range(x.ndim - num_in, x.ndim), range(num_in))
 
 
+_project = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+
+
 def _fwd(num_in, x, kernel):
-  return _project(num_in, x, kernel), (x, kernel)
+  # Not `_project`: remat policies look for the product itself.
+  return _forward(num_in, x, kernel), (x, kernel)
 
 
 def _bwd(num_in, residuals, d_y):
