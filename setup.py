@@ -47,6 +47,8 @@ setuptools.setup(
       'beartype>=0.21',
       'hypothesis>=6.130',
       'ipykernel>=6.29',
+      # Compiles the TPU kernels; no TPU is needed.
+      'libtpu',
       'nbclient>=0.10',
       'nbformat>=5.10',
       'pytest>=8.3',

@@ -5,8 +5,7 @@ import functools
 import os
 from typing import Any
 
-import jax.numpy as jnp
-
+from experiments import choices
 from jaxtrain import data
 from jaxtrain import distributed
 from jaxtrain import loop
@@ -16,8 +15,6 @@ from jaxtrain.checkpoints.tokenizer import load_tokenizer
 from jaxtrain.memory import policies
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
-from jaxtrain.sharding import PRESETS
-from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import make_mesh
 from jaxtrain.sharding import named_sharding
 
@@ -92,14 +89,14 @@ def run(
   """
   text = load_tokenizer(tokenizer)
   _check_sizes(model, text.vocab_size, seq_len)
-  rules = _rules(rules)
+  rules = choices.sharding_rules(rules)
   mesh = make_mesh(mesh, across_slices=across_slices)
-  rate = _named(schedules, 'schedule', {'num_steps': steps, **schedule})
-  tx = _named(optimizers, 'optimizer', optimizer, learning_rate=rate)
+  rate = choices.named(schedules, 'schedule', {'num_steps': steps, **schedule})
+  tx = choices.named(optimizers, 'optimizer', optimizer, learning_rate=rate)
   transformer = Transformer(
     model,
-    dtype=_dtype('dtype', dtype),
-    param_dtype=_dtype('param_dtype', param_dtype),
+    dtype=choices.float_dtype('dtype', dtype),
+    param_dtype=choices.float_dtype('param_dtype', param_dtype),
     remat=policies.get(remat),
   )
   share = distributed.batch_share(named_sharding(mesh, rules, 'batch', 'seq'))
@@ -132,7 +129,7 @@ def run(
 
 def _dataset(source, split, share, **options):
   source = {'name': source} if isinstance(source, str) else source
-  documents = _named(data, 'source', source, split=split)
+  documents = choices.named(data, 'source', source, split=split)
   return data.make_dataset(
     documents, process_index=share[0], process_count=share[1], **options
   )
@@ -148,33 +145,3 @@ def _check_sizes(model, vocab_size, seq_len):
     raise ValueError(
       f'seq_len={seq_len} is more than model.max_seq_len={model.max_seq_len}'
     )
-
-
-def _named(family, what, options, **arguments):
-  """Calls the function of a family that `options` names with the rest."""
-  options = dict(options)
-  if 'name' not in options:
-    raise ValueError(
-      f"{what} has no 'name'; known: {', '.join(family.names())}"
-    )
-  name = options.pop('name')
-  function = family.get(name)
-  try:
-    return function(**arguments, **options)
-  except TypeError as e:
-    raise ValueError(f'{what} {name!r}: {e}') from e
-
-
-def _rules(rules):
-  if not isinstance(rules, str):
-    return ShardingRules(**rules)
-  if rules not in PRESETS:
-    raise ValueError(f'unknown rules {rules!r}; known: {", ".join(PRESETS)}')
-  return PRESETS[rules]
-
-
-def _dtype(name, value):
-  known = ('float32', 'bfloat16', 'float16')
-  if value not in known:
-    raise ValueError(f'{name}={value!r} is not one of {", ".join(known)}')
-  return jnp.dtype(value)

@@ -12,7 +12,7 @@ from jaxserve.engine.engine import Engine
 from jaxserve.engine.request import RequestOutput
 from jaxserve.engine.request import SamplingParams
 from jaxserve.engine.runner import Runner
-from jaxserve.engine.runner import num_stored_heads
+from jaxserve.engine.step import num_stored_heads
 from jaxserve.loading import load_model
 from jaxtrain.checkpoints.tokenizer import Tokenizer
 from jaxtrain.checkpoints.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ MFU is that of Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311,
 appendix B: FLOPs the model needs over FLOPs the hardware could do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 import dataclasses
 import functools
 import re
@@ -48,7 +48,7 @@ class Peak:
   source: str
 
 
-def peak(devices: Sequence[jax.Device]) -> Peak | None:
+def peak(devices: Iterable[jax.Device]) -> Peak | None:
   """Peak rate of a mesh's devices.
 
   TPUs and GPUs are looked up. A CPU's is measured, with a float32 matrix
@@ -58,6 +58,7 @@ def peak(devices: Sequence[jax.Device]) -> Peak | None:
   Returns:
     `None` for a device that is not in the table.
   """
+  devices = list(devices)
   kind = devices[0].device_kind
   if devices[0].platform == 'cpu':
     processes = len({d.process_index for d in devices})

@@ -21,6 +21,7 @@ from jaxtrain import train_state as train_state_lib
 from jaxtrain.models.attention import Causal
 from jaxtrain.models.transformer import output_head
 from jaxtrain.sharding.partition import constrainer
+from jaxtrain.sharding.partition import gather
 from jaxtrain.sharding.partition import named_sharding
 from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
@@ -170,25 +171,54 @@ def loss_sums(
     rules: Logical to mesh axes.
     z_loss: Factor of the z-loss.
   """
+  shard = constrainer(mesh, rules)
   hidden, _ = model.apply(
     {'params': params},
     batch['tokens'],
     batch['positions'],
-    Causal(segment_ids=batch['segment_ids']),
+    Causal(segment_ids=batch['segment_ids'], shard=shard),
     unembed=False,
     rngs={'dropout': noise},
   )
   # Whole along D, so that logits need no sum over devices. One gather a step.
-  head = constrainer(mesh, rules)(output_head(params), None, 'vocab')
-  return linear_cross_entropy(
-    hidden,
-    head,
-    batch['targets'],
-    batch['weights'],
+  head = gather(output_head(params), shard, (None, 'vocab'), ('embed', 'vocab'))
+  return _loss(
+    (hidden, head, batch['targets'], batch['weights']),
+    mesh,
+    rules,
     z_loss=z_loss,
     logit_soft_cap=model.config.logit_soft_cap,
-    shards=train_state_lib.batch_shards(mesh, rules),
   )
+
+
+def _loss(arrays, mesh, rules, **static):
+  """`linear_cross_entropy` of each device's tokens and logits, summed."""
+  if mesh.size == 1:
+    return linear_cross_entropy(*arrays, **static)
+  vocab = rules.table.get('vocab', ())
+  # Shards of the vocabulary see the same tokens.
+  batch, seq = (
+    tuple(a for a in rules.table.get(name, ()) if a not in vocab)
+    for name in ('batch', 'seq')
+  )
+  rules = rules.replace(batch=batch, seq=seq)
+
+  def local(*arrays):
+    sums = linear_cross_entropy(*arrays, vocab_axes=vocab, **static)
+    return jax.lax.psum(sums, batch + seq)
+
+  tokens = rules.spec(('batch', 'seq'))
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(
+      rules.spec(('batch', 'seq', None)),
+      rules.spec((None, 'vocab')),
+      tokens,
+      tokens,
+    ),
+    out_specs=P(),
+  )(*arrays)
 
 
 def _gradients(loss_fn, params, batch, noise, accumulation):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.kv_update import kv_update
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +61,5 @@ def write(
   Returns:
     The updated pools.
   """
-  page_size = pages.k.shape[3]
-  # Negative indices would wrap around; past the end is dropped.
-  page = jnp.where(slot < 0, pages.k.shape[1], slot // page_size)
-  at = lambda pool: pool.at[layer, page, :, slot % page_size]
-  return Pages(
-    at(pages.k).set(k.astype(pages.k.dtype), mode='drop'),
-    at(pages.v).set(v.astype(pages.v.dtype), mode='drop'),
-  )
+  k_pages, v_pages, _, _ = kv_update(pages.k, pages.v, layer, slot, k, v)
+  return Pages(k_pages, v_pages)

@@ -17,6 +17,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import Linear
 from jaxtrain.models.layers import RMSNorm
 from jaxtrain.sharding.partition import Shard
+from jaxtrain.sharding.partition import shard_sequences
 from jaxtrain.sharding.partition import unsharded
 from pallas_kernels.flash_attention import flash_attention
 
@@ -64,24 +65,30 @@ class Causal:
     segment_ids: `[B, T]` int32; tokens see only their own segment. `None`: one
       segment per row.
     implementation: Backend of `flash_attention`; `None` is the fastest.
+    shard: Of the model: each device attends with its own rows and heads.
   """
 
   segment_ids: Int[Array, 'B T'] | None = None
   implementation: str | None = None
+  shard: Shard = unsharded
 
   def __call__(self, q, k, v, positions, cache, layer):
     del positions  # Rows are in order, so the causal mask needs only the index.
-    out = flash_attention(
-      q,
-      k,
-      v,
-      segment_ids=self.segment_ids,
-      window=layer.window,
-      scale=layer.scale,
-      soft_cap=layer.soft_cap,
-      implementation=self.implementation,
-    )
-    return out, cache
+
+    def run(q, k, v, segment_ids, window):
+      return flash_attention(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        window=window,
+        scale=layer.scale,
+        soft_cap=layer.soft_cap,
+        implementation=self.implementation,
+      )
+
+    run = shard_sequences(run, self.shard)
+    return run(q, k, v, self.segment_ids, layer.window), cache
 
 
 class Attention(nn.Module):

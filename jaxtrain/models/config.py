@@ -201,16 +201,23 @@ class ModelConfig:
     tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
     return self.num_layers * layer + tables + d
 
-  def train_flops_per_token(self, seq_len: int) -> float:
+  def train_flops_per_token(
+    self, seq_len: int, *, full_square: bool = False
+  ) -> float:
     """FLOPs of forward and backward for one token of a causal sequence.
 
-    6 per active parameter, plus attention at half the square (the causal
-    convention). Chowdhery et al., https://arxiv.org/abs/2204.02311, appendix B,
-    counts the full square.
+    6 per active parameter, plus attention, at half the square (the causal
+    convention).
+
+    Args:
+      seq_len: Tokens of the sequence.
+      full_square: Counts the whole square, or the whole of each window, as
+        Chowdhery et al., https://arxiv.org/abs/2204.02311, appendix B.
     """
     scores = 0.0
     for kind in self.layer_types:
       seen = seq_len if kind == 'full' else min(seq_len, self.sliding_window)
-      mean_keys = seen - seen * (seen - 1) / (2 * seq_len)
+      unseen = 0 if full_square else seen * (seen - 1) / (2 * seq_len)
+      mean_keys = seen - unseen
       scores += 4 * self.num_heads * self.head_dim * mean_keys
     return 6 * self.num_active_params + 3 * scores

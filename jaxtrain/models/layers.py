@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxtrain.models.projection import project
 from jaxtrain.sharding.partition import Shard
+from jaxtrain.sharding.partition import lookup
 from jaxtrain.sharding.partition import unsharded
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -110,10 +111,7 @@ class Embed(nn.Module):
       (self.vocab_size, self.embed_dim),
       self.param_dtype,
     )
-    # Whole rows for the lookup: XLA would otherwise reshard its result badly.
-    rows = self.shard(table.astype(self.dtype), 'vocab', None)
-    x = jnp.take(rows, tokens, axis=0)
-    return self.shard(x, 'batch', 'seq', 'act_embed'), table
+    return lookup(table.astype(self.dtype), tokens, self.shard), table
 
 
 class GatedMLP(nn.Module):

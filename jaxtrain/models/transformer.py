@@ -23,7 +23,6 @@ from jaxtrain.models.moe import MoEMLP
 from jaxtrain.sharding.partition import Shard
 from jaxtrain.sharding.partition import unsharded
 
-_CAUSAL = Causal()
 _NO_WINDOW = jnp.iinfo(jnp.int32).max
 
 
@@ -107,7 +106,7 @@ class Transformer(nn.Module):
     self,
     tokens: Int[Array, 'B T'],
     positions: Int[Array, 'B T'] | None = None,
-    attend: Attend = _CAUSAL,
+    attend: Attend | None = None,
     cache: Any = None,
     select: Any = None,
     unembed: bool = True,
@@ -117,7 +116,8 @@ class Transformer(nn.Module):
     Args:
       tokens: Token ids.
       positions: Position of each token in its sequence; 0..T-1 if `None`.
-      attend: How queries meet keys, and where keys are kept.
+      attend: How queries meet keys, and where keys are kept; causal and not
+        kept if `None`.
       cache: Threaded through every layer's `attend`.
       select: Maps hidden states `[B, T, D]` to the `[B, U, D]` wanted; `None`
         wants all.
@@ -132,6 +132,10 @@ class Transformer(nn.Module):
       positions = jnp.broadcast_to(
         jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
       )
+    if attend is None:
+      # `nn.scan` cannot initialise through a `shard_map`; nothing but shapes
+      # matters then.
+      attend = Causal(shard=unsharded if self.is_initializing() else self.shard)
     common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x, table = Embed(
       c.vocab_size, c.embed_dim, shard=self.shard, name='embed', **common

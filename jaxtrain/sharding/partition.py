@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.sharding.rules import ShardingRules
 
@@ -41,6 +44,60 @@ def constrainer(mesh: Mesh | None, rules: ShardingRules) -> Shard:
   if mesh is None or mesh.size == 1:
     return unsharded
   return _Constrainer(mesh, rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(
+  x: jax.Array,
+  shard: Shard,
+  axes: tuple[str | None, ...],
+  split: tuple[str | None, ...],
+) -> jax.Array:
+  """A parameter pinned to `axes`, its gradient to `split`, where it is kept.
+
+  A constraint alone pins the gradient like the value: gradients of a parameter
+  that is used whole would be summed whole on every device, and cut afterwards.
+
+  Args:
+    x: The parameter.
+    shard: The model's `Shard`.
+    axes: Logical axes that it is used with.
+    split: Logical axes that it is stored with.
+  """
+  del split
+  return shard(x, *axes)
+
+
+def _gather_fwd(x, shard, axes, split):
+  return gather(x, shard, axes, split), None
+
+
+def _gather_bwd(shard, axes, split, _, d_x):
+  del axes
+  return (shard(d_x, *split),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def lookup(table: jax.Array, tokens: jax.Array, shard: Shard) -> jax.Array:
+  """Rows of a table `[V, D]` for tokens `[B, T]`, split like activations.
+
+  Where the rules split D over mesh axes that split the batch too, every device
+  looks its own columns up for the tokens of all of them, and results change
+  places: tokens and activations travel, the table and its gradient do not.
+  """
+  near = shard
+  if isinstance(shard, _Constrainer):
+    of = lambda name: shard.rules.table.get(name, ())
+    rest = tuple(a for a in of('batch') if a not in of('embed'))
+    rules = shard.rules.replace(batch=rest, act_embed=of('embed'))
+    near = _Constrainer(shard.mesh, rules)
+  rows = near(table, 'vocab', 'embed')
+  x = jnp.take(rows, near(tokens, 'batch', 'seq'), axis=0)
+  return shard(
+    near(x, 'batch', 'seq', 'act_embed'), 'batch', 'seq', 'act_embed'
+  )
 
 
 def named_sharding(
@@ -174,6 +231,50 @@ def shard_heads(run: Callable[..., Any], shard: Shard, in_axes, out_axes):
     out_specs=specs(out_axes),
     check_vma=False,
   )
+
+
+def shard_sequences(run: Callable[..., jax.Array], shard: Shard):
+  """Runs a self-attention on each device's own rows and heads.
+
+  A device is given whole sequences, as XLA cannot look into a kernel. Where the
+  mesh shards them, it trades its part of the sequence of all its heads for the
+  whole of some heads (Jacobs et al., "DeepSpeed Ulysses",
+  https://arxiv.org/abs/2309.14509, section 3.1), or of all of them, if there
+  are too few.
+
+  Args:
+    run: `(q [B,T,N,H], k and v [B,T,K,H], per_token, shared) -> [B,T,N,H]`,
+      where `per_token` is an array [B,T] or `None`, and `shared` the same for
+      all rows and heads.
+    shard: The model's `Shard`.
+
+  Returns:
+    The function of whole arrays.
+  """
+  if not isinstance(shard, _Constrainer):
+    return run
+  mesh, rules = shard.mesh, shard.rules
+  axes = lambda name: rules.table.get(name, ())
+  size = lambda names: math.prod(mesh.shape[a] for a in names)
+
+  def whole(q, k, v, per_token, shared):
+    heads = axes('act_heads')
+    if q.shape[2] % size(heads + axes('seq')) == 0:
+      heads += axes('seq')
+    # With more shards than kv heads, each is copied to all that read it.
+    copies = math.lcm(k.shape[2], size(heads)) // k.shape[2]
+    if copies > 1:
+      k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    rows = axes('batch') or None
+    by_head = P(rows, None, heads or None, None)
+    return jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(by_head, by_head, by_head, P(rows, None), P()),
+      out_specs=by_head,
+    )(q, k, v, per_token, shared)
+
+  return whole
 
 
 def fit_rules(boxed: Any, mesh: Mesh, rules: ShardingRules) -> ShardingRules:

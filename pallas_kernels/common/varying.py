@@ -10,13 +10,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def vary_alike(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
   """The arrays, all varying over the axes that any of them varies over.
 
-  The gradient of one that did not is summed over the axes it was given.
+  The gradient of one that did not is summed over the axes it was given. `None`
+  stays as it is.
   """
-  axes = frozenset().union(*map(_axes, arrays))
-  return tuple(_vary(a, axes - _axes(a)) for a in arrays)
+  axes = frozenset().union(*(_axes(a) for a in arrays if a is not None))
+  return tuple(None if a is None else _vary(a, axes - _axes(a)) for a in arrays)
+
+
+def vary_as(
+  array: jax.Array, like: jax.Array, *, but: tuple[str, ...] = ()
+) -> jax.Array:
+  """The array, varying over the axes that `like` varies over, save `but`."""
+  return _vary(array, _axes(like) - _axes(array) - frozenset(but))
 
 
 def zeros(
@@ -24,6 +32,15 @@ def zeros(
 ) -> jax.Array:
   """Zeros that vary as `like` does."""
   return _vary(jnp.zeros(shape, dtype), _axes(like))
+
+
+def shape(
+  shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array
+) -> jax.ShapeDtypeStruct:
+  """Shape of a `pallas_call`'s result that varies as `like` does."""
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=jax.typeof(like).mat
+  )
 
 
 def _axes(array):

@@ -1,9 +1,15 @@
 """Public entry point of flash_attention."""
 
-import jax
+import functools
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common import varying
 from pallas_kernels.common.dispatch import dispatch
+from pallas_kernels.common.gradient import with_gradient
+
+_Positions = Int[Array, 'B T']
 
 
 def flash_attention(
@@ -13,17 +19,23 @@ def flash_attention(
   *,
   segment_ids: Int[Array, 'B T'] | None = None,
   window: Int[Array, ''] | int | None = None,
+  sinks: Float[Array, 'N'] | None = None,
+  positions: _Positions | tuple[_Positions, _Positions] | None = None,
   scale: float | None = None,
   soft_cap: float | None = None,
+  return_lse: bool = False,
   implementation: str | None = None,
-) -> Float[Array, 'B T N H']:
+) -> (
+  Float[Array, 'B T N H']
+  | tuple[Float[Array, 'B T N H'], Float[Array, 'B N T']]
+):
   """Causal self-attention with grouped queries.
 
   Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithms 1 and 2:
   the softmax is recomputed in the backward pass from its log-sum-exp.
 
-  Query i sees key j if j <= i, both are in the same segment, and i - j is
-  below `window`.
+  A query at position i sees a key at position j if j <= i, both are in the same
+  segment, and i - j is below `window`.
 
   Args:
     q: Queries; N is a multiple of K and query head n reads kv head n // (N/K).
@@ -31,13 +43,22 @@ def flash_attention(
     v: Values.
     segment_ids: Segment of each token; `None` is one segment per row.
     window: Number of keys a query sees, itself included; may be traced.
+    sinks: A logit for each query head that joins the sum of its softmax and
+      nothing else (Xiao et al., https://arxiv.org/abs/2309.17453, section 3.3).
+    positions: Positions of queries and keys, or a pair of those of the queries
+      and those of the keys; `None` is their index in the row. In any order: the
+      TPU kernel skips tiles that no query sees.
     scale: Factor on the logits, H ** -0.5 by default.
     soft_cap: c in c * tanh(logits / c), applied before the mask.
+    return_lse: Whether to return the log-sum-exp too; it has a gradient.
     implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
       the fastest that accepts these inputs where the program will run.
 
   Returns:
-    Attention output in the dtype of `q`; the softmax is float32.
+    Attention output in the dtype of `q`; the softmax is float32. With
+    `return_lse` also the float32 natural logarithm of each query's softmax sum,
+    sink included. Of a query that sees no key the output is 0, and the
+    logarithm the finite -1e30 if there is no sink.
 
   Raises:
     ValueError: Shapes that do not belong together.
@@ -49,15 +70,36 @@ def flash_attention(
     )
   if q.shape[:2] + q.shape[3:] != k.shape[:2] + k.shape[3:]:
     raise ValueError(f'q and k disagree: {q.shape=}, {k.shape=}')
-  window = None if window is None else jax.numpy.asarray(window, 'int32')
-  return dispatch(
-    'flash_attention',
-    q,
-    k,
-    v,
-    segment_ids,
-    window,
+  if sinks is not None and sinks.shape != q.shape[2:3]:
+    raise ValueError(f'{sinks.shape=} should be {q.shape[2:3]}, one per head')
+  pair = positions if isinstance(positions, tuple) else (positions,) * 2
+  for name, a in dict(segment_ids=segment_ids, positions=pair).items():
+    for each in a if isinstance(a, tuple) else (a,):
+      if each is not None and each.shape != q.shape[:2]:
+        raise ValueError(f'{name} of shape {each.shape} for {q.shape=}')
+  window = None if window is None else jnp.asarray(window, jnp.int32)
+  out, lse = _attend(
+    implementation,
+    (q, k, v, segment_ids, window, sinks, *pair),
     scale=q.shape[-1] ** -0.5 if scale is None else scale,
     soft_cap=soft_cap,
-    implementation=implementation,
   )
+  return (out, lse) if return_lse else out
+
+
+def _attend(implementation, args, **static):
+  call = functools.partial(dispatch, 'flash_attention', **static)
+  if implementation is not None:
+    return call(*args, implementation=implementation)
+
+  def forward(*args):
+    out, lse = call(*args, function='flash_attention_forward')
+    return (out, lse), (*args, out, lse)
+
+  def backward(residuals, cotangents):
+    dq, dk, dv, d_sinks = call(
+      *residuals, *cotangents, function='flash_attention_backward'
+    )
+    return dq, dk, dv, None, None, d_sinks, None, None
+
+  return with_gradient(forward, backward, *varying.vary_alike(*args))

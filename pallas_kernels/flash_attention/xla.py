@@ -2,109 +2,186 @@
 
 The blocks are unrolled, so causality halves the work by static slices, and a
 hand-written backward keeps only the output and the log-sum-exp: memory is
-linear in the length, up to one block of scores.
+linear in the length, up to one block of scores. Where positions are given every
+block meets all keys.
 """
 
-import functools
-
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels.common import varying
+from pallas_kernels.common.gradient import with_gradient
+from pallas_kernels.flash_attention.reference import NO_KEYS
 
 _MIN_BLOCK = 128
 _MAX_BLOCKS = 16
-_MASKED = -1e30
+# So far below `NO_KEYS` that its exponential vanishes in rows without keys too.
+_MASKED = 10 * NO_KEYS
+_F32 = dict(preferred_element_type=jnp.float32)
 
 
-def flash_attention(q, k, v, segment_ids, window, *, scale, soft_cap):
-  """See `api.flash_attention`."""
+def flash_attention(*args, **static):
+  """See `api.flash_attention`; returns the output and the log-sum-exp."""
+
+  def forward(*args):
+    out, lse = flash_attention_forward(*args, **static)
+    return (out, lse), (*args, out, lse)
+
+  def backward(residuals, cotangents):
+    dq, dk, dv, d_sinks = flash_attention_backward(
+      *residuals, *cotangents, **static
+    )
+    return dq, dk, dv, None, None, d_sinks, None, None
+
+  return with_gradient(forward, backward, *varying.vary_alike(*args))
+
+
+def flash_attention_forward(
+  q,
+  k,
+  v,
+  segment_ids,
+  window,
+  sinks,
+  q_positions,
+  kv_positions,
+  *,
+  scale,
+  soft_cap,
+):
+  """Returns the output [B,T,N,H] and the float32 log-sum-exp [B,N,T]."""
   b, t, n, h = q.shape
-  num_kv = k.shape[2]
-  q_BKGTH = q.reshape(b, t, num_kv, n // num_kv, h).transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  out = _attention(
-    scale, soft_cap, q_BKGTH, k_BKSH, v_BKSH, segment_ids, window
-  )
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  q_BKGTH, k_BKSH, v_BKSH = _heads_first(q, k), _swap(k), _swap(v)
+  sinks = _per_group(sinks, k)
+  outs, lses = [], []
+  for block, keys in _blocks(q, q_positions, kv_positions):
+    s, _ = _scores(q_BKGTH[:, :, :, block], k_BKSH[:, :, keys], scale, soft_cap)
+    mask = _mask(block, keys, segment_ids, window, q_positions, kv_positions)
+    s = jnp.where(mask, s, _MASKED)
+    m = jnp.maximum(s.max(axis=-1, keepdims=True), NO_KEYS)
+    if sinks is not None:
+      m = jnp.maximum(m, sinks)
+    p = jnp.exp(s - m)
+    l = p.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+      l += jnp.exp(sinks - m)
+    out = jnp.einsum(
+      'BKGTS,BKSH->BKGTH', p.astype(v.dtype), v_BKSH[:, :, keys], **_F32
+    )
+    l = jnp.where(l == 0, 1.0, l)
+    outs.append((out / l).astype(q.dtype))
+    lses.append((m + jnp.log(l))[..., 0])
+  out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
+  lse = jnp.concatenate(lses, axis=3)
+  return out.reshape(b, t, n, h), lse.reshape(b, n, t)
 
 
-def _blocks(t):
-  """(start, stop) of the query blocks."""
+def flash_attention_backward(
+  q,
+  k,
+  v,
+  segment_ids,
+  window,
+  sinks,
+  q_positions,
+  kv_positions,
+  out,
+  lse,
+  d_out,
+  d_lse,
+  *,
+  scale,
+  soft_cap,
+):
+  """Returns the gradients of q, k, v and sinks (`None` without sinks).
+
+  No `d_lse` is one of zeros.
+
+  With p the probabilities and dp = d_out v^T, the scores' gradient is
+  p * (dp - offset), offset = sum(out * d_out) - d_lse.
+  """
+  b, t, n, h = q.shape
+  kv_heads, group = k.shape[2], n // k.shape[2]
+  q_BKGTH, do_BKGTH = _heads_first(q, k), _heads_first(d_out, k)
+  k_BKSH, v_BKSH = _swap(k), _swap(v)
+  if d_lse is None:
+    d_lse = jnp.zeros_like(lse)
+  lse, d_lse = (a.reshape(b, kv_heads, group, t, 1) for a in (lse, d_lse))
+  delta = jnp.einsum('BTNH,BTNH->BNT', out, d_out, **_F32)
+  offset = delta.reshape(b, kv_heads, group, t, 1) - d_lse
+  dq = []
+  dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSH, v_BKSH))
+  for block, keys in _blocks(q, q_positions, kv_positions):
+    q_b, do_b = q_BKGTH[:, :, :, block], do_BKGTH[:, :, :, block]
+    k_b, v_b = k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+    s, slope = _scores(q_b, k_b, scale, soft_cap)
+    mask = _mask(block, keys, segment_ids, window, q_positions, kv_positions)
+    p = jnp.exp(jnp.where(mask, s, _MASKED) - lse[:, :, :, block])
+    dp = jnp.einsum('BKGTH,BKSH->BKGTS', do_b, v_b, **_F32)
+    ds = (p * (dp - offset[:, :, :, block]) * slope).astype(q.dtype)
+    dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', ds, k_b, **_F32).astype(q.dtype))
+    dk_b = jnp.einsum('BKGTS,BKGTH->BKSH', ds, q_b, **_F32)
+    dv_b = jnp.einsum('BKGTS,BKGTH->BKSH', p.astype(q.dtype), do_b, **_F32)
+    dk, dv = dk.at[:, :, keys].add(dk_b), dv.at[:, :, keys].add(dv_b)
+  dq = jnp.concatenate(dq, axis=3).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+  d_sinks = None
+  if sinks is not None:
+    p_sink = jnp.exp(_per_group(sinks, k) - lse)
+    d_sinks = -(p_sink * offset).sum((0, 3, 4)).reshape(n).astype(sinks.dtype)
+  return dq, _swap(dk).astype(k.dtype), _swap(dv).astype(v.dtype), d_sinks
+
+
+def _blocks(q, q_positions, kv_positions):
+  """Slices of queries, and of the keys that the mask may let them see."""
+  t = q.shape[1]
   size = max(_MIN_BLOCK, -(-t // _MAX_BLOCKS))
-  return [(i, min(i + size, t)) for i in range(0, t, size)]
+  causal = q_positions is None and kv_positions is None
+  for i in range(0, t, size):
+    stop = min(i + size, t)
+    yield slice(i, stop), slice(0, stop if causal else t)
 
 
-def _mask(start, stop, segment_ids, window):
-  i, j = jnp.arange(start, stop)[:, None], jnp.arange(stop)
-  mask = (j <= i)[None]
+def _mask(block, keys, segment_ids, window, q_positions, kv_positions):
+  """Whether a query sees a key, [B or 1, 1, 1, T, S]."""
+
+  def part(positions, part):
+    if positions is None:
+      return jnp.arange(part.start, part.stop)[None]
+    return positions[:, part]
+
+  i, j = part(q_positions, block), part(kv_positions, keys)
+  behind = i[:, :, None] - j[:, None, :]
+  mask = behind >= 0
   if window is not None:
-    mask &= i - j < window
+    mask &= behind < window
   if segment_ids is not None:
-    same = segment_ids[:, start:stop, None] == segment_ids[:, None, :stop]
+    same = segment_ids[:, block, None] == segment_ids[:, None, keys]
     mask = mask & same
   return mask[:, None, None]
 
 
-def _scores(q, k, scale):
-  return scale * jnp.einsum(
-    'BKGTH,BKSH->BKGTS', q, k, preferred_element_type=jnp.float32
-  )
+def _scores(q, k, scale, soft_cap):
+  """Scaled and capped logits, and their derivative by the bare product."""
+  s = scale * jnp.einsum('BKGTH,BKSH->BKGTS', q, k, **_F32)
+  if soft_cap is None:
+    return s, scale
+  tanh = jnp.tanh(s / soft_cap)
+  return soft_cap * tanh, scale * (1 - tanh**2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, soft_cap, q, k, v, segment_ids, window):
-  return _forward(scale, soft_cap, q, k, v, segment_ids, window)[0]
+def _swap(x):
+  """[B,S,K,H] to [B,K,S,H] and back."""
+  return x.swapaxes(1, 2)
 
 
-def _forward(scale, soft_cap, q, k, v, segment_ids, window):
-  outs, lses = [], []
-  for start, stop in _blocks(q.shape[3]):
-    s = _scores(q[:, :, :, start:stop], k[:, :, :stop], scale)
-    if soft_cap is not None:
-      s = soft_cap * jnp.tanh(s / soft_cap)
-    s = jnp.where(_mask(start, stop, segment_ids, window), s, _MASKED)
-    m = s.max(axis=-1, keepdims=True)
-    p = jnp.exp(s - m)
-    l = p.sum(axis=-1, keepdims=True)
-    out = jnp.einsum(
-      'BKGTS,BKSH->BKGTH',
-      p.astype(v.dtype),
-      v[:, :, :stop],
-      preferred_element_type=jnp.float32,
-    )
-    outs.append((out / l).astype(q.dtype))
-    lses.append(m + jnp.log(l))
-  out = jnp.concatenate(outs, axis=3)
-  return out, (q, k, v, segment_ids, window, out, lses)
+def _heads_first(q, k):
+  """[B,T,N,H] to [B,K,G,T,H]."""
+  b, t, n, h = q.shape
+  kv_heads = k.shape[2]
+  return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
-def _backward(scale, soft_cap, residuals, d_out):
-  q, k, v, segment_ids, window, out, lses = residuals
-  dq = []
-  dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-  f32 = dict(preferred_element_type=jnp.float32)
-  for (start, stop), lse in zip(_blocks(q.shape[3]), lses, strict=True):
-    q_b, k_b, v_b = q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop]
-    do_b = d_out[:, :, :, start:stop]
-    s = _scores(q_b, k_b, scale)
-    d_cap = 1.0
-    if soft_cap is not None:
-      tanh = jnp.tanh(s / soft_cap)
-      s, d_cap = soft_cap * tanh, 1 - tanh**2
-    s = jnp.where(_mask(start, stop, segment_ids, window), s, _MASKED)
-    p = jnp.exp(s - lse)
-    delta = jnp.sum(
-      do_b.astype(jnp.float32) * out[:, :, :, start:stop].astype(jnp.float32),
-      axis=-1,
-      keepdims=True,
-    )
-    dp = jnp.einsum('BKGTH,BKSH->BKGTS', do_b, v_b, **f32)
-    ds = (scale * p * (dp - delta) * d_cap).astype(q.dtype)
-    dq.append(jnp.einsum('BKGTS,BKSH->BKGTH', ds, k_b, **f32).astype(q.dtype))
-    dk_b = jnp.einsum('BKGTS,BKGTH->BKSH', ds, q_b, **f32)
-    dv_b = jnp.einsum('BKGTS,BKGTH->BKSH', p.astype(q.dtype), do_b, **f32)
-    dk, dv = dk.at[:, :, :stop].add(dk_b), dv.at[:, :, :stop].add(dv_b)
-  dq = jnp.concatenate(dq, axis=3)
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
-
-
-_attention.defvjp(_forward, _backward)
+def _per_group(sinks, k):
+  """[N] to float32 [K,G,1,1]."""
+  if sinks is None:
+    return None
+  return sinks.astype(jnp.float32).reshape(k.shape[2], -1, 1, 1)

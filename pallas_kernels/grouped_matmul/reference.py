@@ -9,10 +9,15 @@ def grouped_matmul(
   lhs: jax.Array,
   rhs: jax.Array,
   group_sizes: jax.Array,
+  rhs_scales: jax.Array | None = None,
   *,
   preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
   """See `api.grouped_matmul`."""
+  if rhs_scales is not None:
+    # Quantised matrices are constants.
+    rhs = rhs.astype(jnp.float32) * rhs_scales.astype(jnp.float32)[:, None]
+    rhs = jax.lax.stop_gradient(rhs)
   row = jnp.arange(lhs.shape[0])
   ends = jnp.cumsum(group_sizes)
   out = jnp.zeros((lhs.shape[0], rhs.shape[2]), jnp.float32)

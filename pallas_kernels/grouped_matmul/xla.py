@@ -9,7 +9,6 @@ Cost: 2 M K N FLOPs plus at most E block-sized paddings; reads one [K, N] matrix
 per block. The VJP is two such loops.
 """
 
-import functools
 import math
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import varying
+from pallas_kernels.common.gradient import with_gradient
 
 _MIN_BLOCK, _MAX_BLOCK = 4, 128
 
@@ -25,50 +25,80 @@ def grouped_matmul(
   lhs: jax.Array,
   rhs: jax.Array,
   group_sizes: jax.Array,
+  rhs_scales: jax.Array | None = None,
+  **static: DTypeLike | None,
+) -> jax.Array:
+  """See `api.grouped_matmul`."""
+
+  def forward(*args):
+    return grouped_matmul_forward(*args, **static), args
+
+  def backward(residuals, d_out):
+    d_lhs, d_rhs = grouped_matmul_backward(*residuals, d_out, **static)
+    return d_lhs, d_rhs, None, None
+
+  args = varying.vary_alike(lhs, rhs, group_sizes, rhs_scales)
+  return with_gradient(forward, backward, *args)
+
+
+def grouped_matmul_forward(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+  rhs_scales: jax.Array | None = None,
   *,
   preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
-  """See `api.grouped_matmul`."""
+  """The result, without a derivative; all arguments vary alike."""
   out_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-  if 0 in lhs.shape or 0 in rhs.shape:
-    return jnp.zeros((lhs.shape[0], rhs.shape[2]), out_dtype)
-  lhs, rhs, group_sizes = varying.vary_alike(lhs, rhs, group_sizes)
-  return _grouped_matmul(out_dtype, lhs, rhs, group_sizes)
+  return _forward(lhs, rhs, group_sizes, rhs_scales, out_dtype, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(out_dtype, lhs, rhs, group_sizes):
-  return _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts=0)
+def grouped_matmul_backward(
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+  rhs_scales: jax.Array | None,
+  d_out: jax.Array,
+  *,
+  preferred_element_type: DTypeLike | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Gradients of `lhs` and of `rhs`; the latter is `None` if it has scales."""
+  del preferred_element_type
+  d_lhs = _forward(d_out, rhs, group_sizes, rhs_scales, lhs.dtype, 1)
+  if rhs_scales is not None:
+    return d_lhs, None
+  return d_lhs, _backward_rhs(lhs, d_out, rhs, group_sizes)
 
 
-def _fwd(out_dtype, lhs, rhs, group_sizes):
-  out = _grouped_matmul(out_dtype, lhs, rhs, group_sizes)
-  return out, (lhs, rhs, group_sizes)
-
-
-def _bwd(out_dtype, residuals, d_out):
-  del out_dtype
-  lhs, rhs, group_sizes = residuals
-  d_lhs = _forward(d_out, rhs, group_sizes, lhs.dtype, rhs_contracts=1)
-  return d_lhs, _backward_rhs(lhs, d_out, rhs, group_sizes), None
-
-
-_grouped_matmul.defvjp(_fwd, _bwd)
-
-
-def _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts):
+def _forward(lhs, rhs, group_sizes, rhs_scales, out_dtype, rhs_contracts):
   """`lhs @ rhs[e]`, or `lhs @ rhs[e].T` if `rhs_contracts` is 1."""
   num_rows, width = lhs.shape
+  out_width = rhs.shape[2 - rhs_contracts]
+  if 0 in lhs.shape or 0 in rhs.shape:
+    return varying.zeros((num_rows, out_width), out_dtype, lhs)
   group, start, _, num_blocks, block = _blocks(group_sizes, num_rows)
   padded = jnp.pad(lhs, ((0, block), (0, 0)))
 
   def body(i, out):
     rows = jax.lax.dynamic_slice(padded, (start[i], 0), (block, width))
     matrix = jax.lax.dynamic_index_in_dim(rhs, group[i], keepdims=False)
-    product = _dot(rows, matrix, 1, rhs_contracts).astype(out_dtype)
-    return jax.lax.dynamic_update_slice(out, product, (start[i], 0))
+    if rhs_scales is None:
+      product = _dot(rows, matrix, 1, rhs_contracts)
+    else:
+      # Eight-bit values are exact in every wider type.
+      matrix = matrix.astype(rows.dtype)
+      scale = rhs_scales[group[i]].astype(jnp.float32)
+      if rhs_contracts:
+        rows = (rows * scale).astype(rows.dtype)
+      product = _dot(rows, matrix, 1, rhs_contracts)
+      if not rhs_contracts:
+        product *= scale
+    return jax.lax.dynamic_update_slice(
+      out, product.astype(out_dtype), (start[i], 0)
+    )
 
-  shape = (num_rows + block, rhs.shape[2 - rhs_contracts])
+  shape = (num_rows + block, out_width)
   out = jax.lax.fori_loop(
     0, num_blocks, body, varying.zeros(shape, out_dtype, lhs)
   )
@@ -78,6 +108,8 @@ def _forward(lhs, rhs, group_sizes, out_dtype, rhs_contracts):
 
 def _backward_rhs(lhs, d_out, rhs, group_sizes):
   num_rows = lhs.shape[0]
+  if 0 in lhs.shape or 0 in rhs.shape:
+    return varying.zeros(rhs.shape, rhs.dtype, lhs)
   group, start, end, num_blocks, block = _blocks(group_sizes, num_rows)
   lhs, d_out = (jnp.pad(a, ((0, block), (0, 0))) for a in (lhs, d_out))
 

@@ -1,8 +1,11 @@
 """Public entry point of linear_cross_entropy."""
 
+import functools
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.dispatch import dispatch
+from pallas_kernels.linear_cross_entropy.gradient import with_gradients
 
 
 def linear_cross_entropy(
@@ -15,6 +18,7 @@ def linear_cross_entropy(
   logit_soft_cap: float | None = None,
   chunk: int | None = None,
   shards: tuple[int, int] = (1, 1),
+  vocab_axes: tuple[str, ...] = (),
   implementation: str | None = None,
 ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
   """Weighted cross-entropy of `softmax(x @ head)`, summed over tokens.
@@ -33,10 +37,17 @@ def linear_cross_entropy(
     z_loss: Factor on the squared log-normaliser.
     logit_soft_cap: c of c * tanh(logits / c), or `None`.
     chunk: Positions of each row whose logits exist at a time, per sequence
-      shard; `None` makes that about 512 tokens a device.
+      shard; `None` makes that about 512 tokens a device, on a TPU as many as
+      its bandwidth asks for.
     shards: Over how many mesh shards B and T are split. The gradient of `head`
-      is then summed over each shard's tokens first, and over shards once.
-    implementation: One of 'reference', 'xla'; `None` is the fastest.
+      is then summed over each shard's tokens first, and over shards once. For
+      programs that XLA partitions; inside `jax.shard_map`, where alone a TPU
+      kernel can be, the arrays are a shard's and this is (1, 1).
+    vocab_axes: Inside `jax.shard_map`, the mesh axes over which the columns of
+      `head` are split, in order. `targets` are ids of the whole vocabulary;
+      the tokens are the same on every shard of it.
+    implementation: One of 'reference', 'xla', 'pallas_tpu'; `None` is the
+      fastest that accepts these inputs where the program will run.
 
   Returns:
     The weighted sum of the loss, and sums to report, all float32 scalars
@@ -61,15 +72,25 @@ def linear_cross_entropy(
     raise ValueError(f'{shards=} do not divide [B, T] = {(b, t)}')
   if chunk is not None and chunk < 1:
     raise ValueError(f'chunk={chunk} must be at least 1')
-  return dispatch(
-    'linear_cross_entropy',
-    x,
-    head,
-    targets,
-    weights,
+  static = dict(
     z_loss=z_loss,
     logit_soft_cap=logit_soft_cap,
     chunk=chunk,
     shards=shards,
-    implementation=implementation,
+    vocab_axes=vocab_axes,
+  )
+  name = 'linear_cross_entropy'
+  if implementation is not None:
+    return dispatch(
+      name, x, head, targets, weights, implementation=implementation, **static
+    )
+  function = lambda f: functools.partial(dispatch, name, function=f, **static)
+  return with_gradients(
+    function('linear_cross_entropy_value'),
+    function('linear_cross_entropy_gradients'),
+    x,
+    head,
+    targets,
+    weights,
+    vocab_axes,
   )

@@ -38,6 +38,32 @@ SMALL = {
     ),
   }.items()
 }
+
+
+def _abstract(b, t, d, v, dtype='bfloat16', head_dtype=None, **kwargs):
+  """A case without values, for compilers."""
+  shape = jax.ShapeDtypeStruct
+  tokens = (
+    shape((b, t), 'int32'),
+    shape((b, t), 'float32'),
+  )
+  x, head = shape((b, t, d), dtype), shape((d, v), head_dtype or dtype)
+  return dict(args=(x, head, *tokens), kwargs=kwargs, diff=(0, 1))
+
+
+TPU = {
+  'llama3_8b': functools.partial(_abstract, b=1, t=4096, d=4096, v=128256),
+  'gemma2_2b': functools.partial(
+    _abstract,
+    b=2,
+    t=512,
+    d=2304,
+    v=25600,
+    head_dtype='float32',
+    logit_soft_cap=30.0,
+    z_loss=1e-4,
+  ),
+}
 MODEL = {
   name: functools.partial(_case, **kw)
   for name, kw in {

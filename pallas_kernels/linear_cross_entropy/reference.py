@@ -14,9 +14,12 @@ def linear_cross_entropy(
   logit_soft_cap: float | None = None,
   chunk: int | None = None,
   shards: tuple[int, int] = (1, 1),
+  vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """See `api.linear_cross_entropy`."""
   del chunk, shards
+  if vocab_axes:
+    raise NotImplementedError('the reference has the whole vocabulary')
   # Rounded to the dtype of x, but the gradient is not.
   rounding = head.astype(x.dtype).astype(head.dtype) - head
   head = head + jax.lax.stop_gradient(rounding)

@@ -1,10 +1,6 @@
 """linear_cross_entropy in chunks of positions, gradients in the same pass.
 
-The gradient of a sum over tokens does not depend on what follows, so the
-forward pass of a differentiated call computes it, chunk by chunk, while the
-chunk's logits exist (Liger Kernel, https://arxiv.org/abs/2410.10989, section
-3.2). That is three products with the head, as the unchunked backward has, where
-recomputing the logits would take four.
+They are computed chunk by chunk, while the chunk's logits exist.
 
 A chunk is a stride of each row, not a run: position c * num_chunks + i belongs
 to chunk i. Rows sharded over the mesh then stay where they are.
@@ -16,11 +12,13 @@ float32 logits, and the float32 gradient of the head on every shard.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import varying
+from pallas_kernels.linear_cross_entropy.gradient import with_gradients
 
 _CHUNK_TOKENS = 512
 
@@ -31,6 +29,7 @@ class _Config:
   logit_soft_cap: float | None
   chunk: int
   shards: tuple[int, int]
+  vocab_axes: tuple[str, ...]
 
 
 def linear_cross_entropy(
@@ -39,40 +38,61 @@ def linear_cross_entropy(
   targets: jax.Array,
   weights: jax.Array,
   *,
-  z_loss: float = 0.0,
-  logit_soft_cap: float | None = None,
-  chunk: int | None = None,
-  shards: tuple[int, int] = (1, 1),
+  vocab_axes: tuple[str, ...] = (),
+  **kwargs: Any,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """See `api.linear_cross_entropy`."""
-  b, t = x.shape[0] // shards[0], x.shape[1] // shards[1]
-  chunk = min(chunk or max(_CHUNK_TOKENS // b, 1), t)
-  chunk = -(-t // -(-t // chunk))  # As even as the number of chunks allows.
-  config = _Config(z_loss, logit_soft_cap, chunk, tuple(shards))
-  arrays = varying.vary_alike(x, head, targets, weights)
-  loss, sums = _loss(config, *arrays)
-  return loss, jax.lax.stop_gradient(sums)
+  kwargs['vocab_axes'] = vocab_axes
+  return with_gradients(
+    functools.partial(linear_cross_entropy_value, **kwargs),
+    functools.partial(linear_cross_entropy_gradients, **kwargs),
+    x,
+    head,
+    targets,
+    weights,
+    vocab_axes,
+  )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(config, x, head, targets, weights):
+def linear_cross_entropy_value(
+  x: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  **kwargs: Any,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The loss and the sums."""
+  config = _configure(x, **kwargs)
   return _run(config, x, head, targets, weights, with_gradients=False)[0]
 
 
-def _fwd(config, x, head, targets, weights):
+def linear_cross_entropy_gradients(
+  x: jax.Array,
+  head: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  **kwargs: Any,
+) -> tuple[Any, tuple[jax.Array, ...]]:
+  """The loss and the sums, and the gradients of x, head and weights."""
+  config = _configure(x, **kwargs)
   return _run(config, x, head, targets, weights, with_gradients=True)
 
 
-def _bwd(config, gradients, cotangents):
-  del config
-  scale, _ = cotangents
-  d_x, d_head, d_weights = (
-    (scale * g.astype(jnp.float32)).astype(g.dtype) for g in gradients
+def _configure(
+  x,
+  *,
+  z_loss=0.0,
+  logit_soft_cap=None,
+  chunk=None,
+  shards=(1, 1),
+  vocab_axes=(),
+):
+  b, t = x.shape[0] // shards[0], x.shape[1] // shards[1]
+  chunk = min(chunk or max(_CHUNK_TOKENS // b, 1), t)
+  chunk = -(-t // -(-t // chunk))  # As even as the number of chunks allows.
+  return _Config(
+    z_loss, logit_soft_cap, chunk, tuple(shards), tuple(vocab_axes)
   )
-  return d_x, d_head, None, d_weights
-
-
-_loss.defvjp(_fwd, _bwd)
 
 
 def _run(config, x, head, targets, weights, with_gradients):
@@ -83,10 +103,10 @@ def _run(config, x, head, targets, weights, with_gradients):
   )
   num_sums = 4
   shard_shape = chunks[0].shape[1], chunks[0].shape[3]
-  zeros = functools.partial(varying.zeros, dtype=jnp.float32, like=x)
+  zeros = functools.partial(varying.zeros, dtype=jnp.float32)
   carry = (
-    zeros((num_sums,)),
-    zeros((*shard_shape, *head.shape)) if with_gradients else None,
+    zeros((num_sums,), like=weights),
+    zeros((*shard_shape, *head.shape), like=x) if with_gradients else None,
   )
 
   def body(carry, chunk):
@@ -120,12 +140,18 @@ def _chunk_loss(config, head, x, targets, weights):
     logits = cap * jnp.tanh(logits / cap)
   # Comparing against an iota, unlike a gather, shards over the vocabulary.
   token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  axes = config.vocab_axes
+  if axes:
+    targets -= jax.lax.axis_index(axes) * head.shape[1]
   is_target = token == targets[..., None]
   largest = jnp.max(logits, axis=-1, keepdims=True)
+  largest = jax.lax.pmax(largest, axes) if axes else largest
   exp = jnp.exp(logits - largest)
   exp_sum = jnp.sum(exp, axis=-1, keepdims=True)
-  normaliser = largest + jnp.log(exp_sum)
   target = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+  if axes:
+    exp_sum, target = jax.lax.psum((exp_sum, target), axes)
+  normaliser = largest + jnp.log(exp_sum)
   slope = (1 + 2 * config.z_loss * normaliser) * weights[..., None]
   d_logits = exp * (slope / exp_sum) - is_target * weights[..., None]
   if cap is not None:

@@ -1,7 +1,8 @@
 """Named inputs shared by the contract test and the benchmark.
 
 A case is `key -> dict(args, kwargs, diff)`: arrays, static arguments, and the
-indices of the arrays to differentiate (none: an inference op).
+indices of the arrays to differentiate (none: an inference op). `TPU` has model
+shapes to compile: abstract arrays, and values where they steer the kernel.
 """
 
 import functools
@@ -9,6 +10,30 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def quantize(x, dtype):
+  """`x [..., H]` in `dtype`, and its float32 scales `[...]`."""
+  dtype = jnp.dtype(dtype)
+  whole = jnp.issubdtype(dtype, jnp.integer)
+  top = (jnp.iinfo if whole else jnp.finfo)(dtype).max
+  scales = jnp.abs(x).max(axis=-1).astype(jnp.float32) / float(top)
+  x = x / jnp.maximum(scales, 1e-30)[..., None]
+  return (jnp.round(x) if whole else x).astype(dtype), scales
+
+
+def tree_mask(rng, query_lens, num_tokens):
+  """Words of random trees: a query sees itself and its ancestors."""
+  words = np.zeros((num_tokens, -(-max(query_lens) // 32)), np.uint32)
+  start = 0
+  for length in query_lens:
+    for i in range(length):
+      row = words[start + i]
+      if i:
+        row[:] = words[start + rng.integers(i)]
+      row[i // 32] |= np.uint32(1 << i % 32)
+    start += length
+  return jnp.array(words.view(np.int32))
 
 
 def _case(
@@ -26,6 +51,10 @@ def _case(
   dtype='float32',
   window=None,
   soft_cap=None,
+  sinks=False,
+  pages=None,
+  tree=False,
+  return_lse=False,
 ):
   kq, kk, kv, kp = jax.random.split(key, 4)
   num_seqs = len(kv_lens)
@@ -35,23 +64,38 @@ def _case(
   starts = np.concatenate([[0], np.cumsum(query_lens)])
   num_tokens = num_tokens or int(starts[-1])
   window = None if window is None else jnp.int32(window)
+  keys, values = (jax.random.normal(x, pool, dtype) for x in (kk, kv))
+  k_scales = v_scales = None
+  if pages is not None:
+    keys, k_scales = quantize(keys, pages)
+    values, v_scales = quantize(values, pages)
+  rng = np.random.default_rng(0)
   return dict(
     args=(
       jax.random.normal(kq, (num_tokens, n, h), dtype),
-      jax.random.normal(kk, pool, dtype),
-      jax.random.normal(kv, pool, dtype),
+      keys,
+      values,
       jnp.int32(layers - 1),
       jnp.array(starts, jnp.int32),
       jnp.array(kv_lens, jnp.int32),
       table.reshape(num_seqs, pages_per_seq).astype(jnp.int32),
       window,
+      2 * jax.random.normal(kq, (n,)) if sinks else None,
+      k_scales,
+      v_scales,
+      tree_mask(rng, query_lens, num_tokens) if tree else None,
     ),
-    kwargs=dict(scale=h**-0.5, soft_cap=soft_cap),
+    kwargs=dict(
+      scale=h**-0.5,
+      soft_cap=soft_cap,
+      return_lse=return_lse,
+    ),
     diff=(),
     valid=int(starts[-1]),
   )
 
 
+_DECODE = dict(query_lens=(1, 0, 1, 1), kv_lens=(5, 0, 1, 61))
 _MIXED = dict(query_lens=(1, 20, 0, 7), kv_lens=(13, 20, 0, 30))
 SMALL = {
   name: functools.partial(_case, **kw)
@@ -67,6 +111,20 @@ SMALL = {
     'mqa_odd_head': dict(**_MIXED, k=1, h=24, page_size=3, pages_per_seq=11),
     'long': dict(
       query_lens=(40, 1), kv_lens=(600, 350), page_size=16, pages_per_seq=40
+    ),
+    'sinks_lse': dict(**_MIXED, window=6, sinks=True, return_lse=True),
+    'decode_int8': dict(
+      **_DECODE, h=64, page_size=16, pages='int8', return_lse=True
+    ),
+    'mixed_fp8_bf16': dict(
+      **_MIXED, h=128, page_size=32, pages='float8_e4m3fn', dtype='bfloat16'
+    ),
+    'decode_int4': dict(**_DECODE, page_size=8, pages='int4', sinks=True),
+    'tree': dict(
+      query_lens=(9, 1, 40), kv_lens=(20, 7, 64), page_size=8, tree=True
+    ),
+    'tree_int8': dict(
+      query_lens=(5, 5), kv_lens=(20, 5), tree=True, soft_cap=5.0, pages='int8'
     ),
   }.items()
 }
@@ -93,5 +151,45 @@ MODEL = {
     pages_per_seq=128,
     layers=1,
     dtype='bfloat16',
+  ),
+}
+
+
+def _abstract(*, query_lens, kv_lens, page_size, n=32, k=8, h=128):
+  """As `_case`, of bfloat16 arrays without values."""
+  pages_per_seq = -(-max(kv_lens) // page_size)
+  num_seqs = len(kv_lens)
+  table = np.random.default_rng(0).permutation(num_seqs * pages_per_seq)
+  starts = np.concatenate([[0], np.cumsum(query_lens)])
+  pool = jax.ShapeDtypeStruct(
+    (1, table.size + 1, k, page_size, h), jnp.bfloat16
+  )
+  return dict(
+    args=(
+      jax.ShapeDtypeStruct((int(starts[-1]), n, h), jnp.bfloat16),
+      pool,
+      pool,
+      jnp.int32(0),
+      jnp.array(starts, jnp.int32),
+      jnp.array(kv_lens, jnp.int32),
+      jnp.array(table.reshape(num_seqs, pages_per_seq), jnp.int32),
+      *(None,) * 5,
+    ),
+    kwargs=dict(scale=h**-0.5, soft_cap=None, return_lse=False),
+  )
+
+
+TPU = {
+  'decode_b64_2k_page16': functools.partial(
+    _abstract, query_lens=(1,) * 64, kv_lens=(2048,) * 64, page_size=16
+  ),
+  'prefill_4k_page16': functools.partial(
+    _abstract, query_lens=(4096,), kv_lens=(4096,), page_size=16
+  ),
+  'mixed_b32_2k_page128': functools.partial(
+    _abstract,
+    query_lens=(1,) * 32 + (2048,),
+    kv_lens=(2048,) * 33,
+    page_size=128,
   ),
 }

@@ -13,27 +13,32 @@ def ragged_paged_attention(
   kv_len,
   page_table,
   window,
+  sinks,
+  k_scales,
+  v_scales,
+  tree_mask,
   *,
   scale,
   soft_cap,
+  return_lse=False,
 ):
   """See `api.ragged_paged_attention`."""
   rows = jnp.arange(q.shape[0])
   seq_T = jnp.searchsorted(query_start[1:], rows, side='right')
   seq_T = jnp.minimum(seq_T, kv_len.shape[0] - 1)
   position_T = kv_len[seq_T] - query_start[seq_T + 1] + rows
+  # Position of the first of the sequence's queries.
+  own_T = kv_len[seq_T] - jnp.diff(query_start)[seq_T]
   group = q.shape[1] // k_pages.shape[2]
+  if sinks is None:
+    sinks = jnp.full(q.shape[1], -jnp.inf)
+  if tree_mask is None:
+    tree_mask = jnp.full((q.shape[0], -(-q.shape[0] // 32)), -1, jnp.int32)
 
-  def flat(pages_MKZH):
-    pages_MZKH = pages_MKZH.swapaxes(1, 2)
-    return pages_MZKH.reshape(-1, *pages_MZKH.shape[2:])
-
-  def attend(q_NH, seq, position):
+  def attend(q_NH, seq, position, own, words):
     k_SNH, v_SNH = (
-      jnp.repeat(flat(pages[layer, page_table[seq]]), group, 1).astype(
-        jnp.float32
-      )
-      for pages in (k_pages, v_pages)
+      jnp.repeat(_cached(*pool, layer, page_table[seq]), group, axis=1)
+      for pool in ((k_pages, k_scales), (v_pages, v_scales))
     )
     s_NS = scale * jnp.einsum('NH,SNH->NS', q_NH.astype(jnp.float32), k_SNH)
     if soft_cap is not None:
@@ -42,10 +47,27 @@ def ragged_paged_attention(
     seen = slots <= position
     if window is not None:
       seen &= position - slots < window
+    j = slots - own
+    word = words[jnp.clip(j // 32, 0, words.shape[0] - 1)]
+    bit = (word >> (j % 32)) & 1
+    seen &= (j < 0) | ((j < 32 * words.shape[0]) & (bit == 1))
     # A padding row may lie past every length; it then sees one slot.
     seen |= (slots == 0) & ~seen.any()
-    p_NS = jax.nn.softmax(jnp.where(seen, s_NS, -jnp.inf), axis=-1)
+    s_NS = jnp.where(seen, s_NS, -jnp.inf)
+    s_NS = jnp.concatenate([s_NS, sinks[:, None].astype(jnp.float32)], axis=1)
+    p_NS = jax.nn.softmax(s_NS, axis=-1)[:, :-1]
     v_SNH = jnp.where(seen[:, None, None], v_SNH, 0)
-    return jnp.einsum('NS,SNH->NH', p_NS, v_SNH).astype(q.dtype)
+    out = jnp.einsum('NS,SNH->NH', p_NS, v_SNH).astype(q.dtype)
+    return out, jax.nn.logsumexp(s_NS, axis=-1)
 
-  return jax.vmap(attend)(q, seq_T, position_T)
+  out, lse = jax.vmap(attend)(q, seq_T, position_T, own_T, tree_mask)
+  return (out, lse) if return_lse else out
+
+
+def _cached(pages, scales, layer, pages_M):
+  """Keys or values `[S, K, H]` in these pages."""
+  x = pages[layer, pages_M].astype(jnp.float32)
+  if scales is not None:
+    x = x * scales[layer, pages_M][..., None]
+  x_MZKH = x.swapaxes(1, 2)
+  return x_MZKH.reshape(-1, *x_MZKH.shape[2:])

@@ -17,6 +17,7 @@ _TILE = 16
 _CHUNK = 64
 _ITEM_BYTES = 1 << 20
 _MASKED = -1e30
+_TINY = 1e-30
 
 
 def ragged_paged_attention(
@@ -28,9 +29,14 @@ def ragged_paged_attention(
   kv_len,
   page_table,
   window,
+  sinks,
+  k_scales,
+  v_scales,
+  tree_mask,
   *,
   scale,
   soft_cap,
+  return_lse=False,
 ):
   """See `api.ragged_paged_attention`."""
   num_seqs, pages_per_seq = page_table.shape
@@ -51,32 +57,48 @@ def ragged_paged_attention(
   # Queries times group, query major, as in the rows of q_AKRH.
   position_AR = jnp.repeat(position_AQ, group, axis=1)
   item_bytes = num_kv * chunk * h * k_pages.dtype.itemsize
+  tree = None
+  if tree_mask is not None:
+    tree = tree_mask[row_AQ], (kv_len - jnp.diff(query_start))[seq_A]
   body = functools.partial(
     _accumulate,
-    (q_AKRH, position_AR, seq_A, first_A, offset_A1),
-    (k_pages, v_pages, layer, page_table),
+    (q_AKRH, position_AR, seq_A, first_A, offset_A1, tree),
+    ((k_pages, k_scales), (v_pages, v_scales), layer, page_table),
     window,
     num_items=max(1, min(_ITEM_BYTES // item_bytes, a)),
     chunk_pages=chunk_pages,
     scale=scale,
     soft_cap=soft_cap,
   )
-  rows = q_AKRH.shape[:3]
-  init = (
-    jnp.full(rows, _MASKED, jnp.float32),
-    jnp.zeros(rows, jnp.float32),
-    jnp.zeros(q_AKRH.shape, jnp.float32),
-  )
+  init = (*_start(sinks, q_AKRH), jnp.zeros(q_AKRH.shape, jnp.float32))
   rounds = -(-offset_A1[-1] // body.keywords['num_items'])
-  _, l, acc = jax.lax.fori_loop(0, rounds, body, init)
-  out = acc / jnp.maximum(l, 1e-30)[..., None]
-  out = (
-    out.reshape(a, num_kv, tile, group, h)
-    .transpose(0, 2, 1, 3, 4)
-    .reshape(a * tile, -1, h)
-    .astype(q.dtype)
-  )
-  return out if tile == 1 else out[_row_of_token(q.shape[0], query_start, tile)]
+  m, l, acc = jax.lax.fori_loop(0, rounds, body, init)
+
+  row_T = _row_of_token(q.shape[0], query_start, tile)
+  out = (acc / jnp.maximum(l, _TINY)[..., None]).astype(q.dtype)
+  out = _of_tokens(out, tile, row_T)
+  if not return_lse:
+    return out
+  return out, _of_tokens(m + jnp.log(jnp.maximum(l, _TINY)), tile, row_T)
+
+
+def _of_tokens(x_AKR, tile, row_T):
+  """`[A, K, R, ...]` of tiles to `[T, N, ...]`; tiles of one are in order."""
+  a, num_kv, _, *rest = x_AKR.shape
+  x = x_AKR.reshape(a, num_kv, tile, -1, *rest).swapaxes(1, 2)
+  x = x.reshape(a * tile, -1, *rest)
+  return x if tile == 1 else x[row_T]
+
+
+def _start(sinks, q_AKRH):
+  """Running max and sum before any key: the sink's, if there is one."""
+  rows = q_AKRH.shape[:3]
+  if sinks is None:
+    return jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+  sinks_KG = sinks.astype(jnp.float32).reshape(rows[1], -1)
+  tile = rows[2] // sinks_KG.shape[1]
+  m = jnp.broadcast_to(jnp.tile(sinks_KG, tile), rows)
+  return m, jnp.ones(rows, jnp.float32)
 
 
 def _sequence_of(rows, starts):
@@ -151,11 +173,10 @@ def _accumulate(
 
   Milakov & Gimelshein, https://arxiv.org/abs/1805.02867, equation 4.
   """
-  q_AKRH, position_AR, seq_A, first_A, offset_A1 = tiles
-  k_pages, v_pages, layer, page_table = cache
+  q_AKRH, position_AR, seq_A, first_A, offset_A1, tree = tiles
+  keys, values, layer, page_table = cache
   m, l, acc = carry
-  num_kv, page_size = k_pages.shape[2:4]
-  chunk = chunk_pages * page_size
+  chunk = chunk_pages * keys[0].shape[3]
 
   item_W = i * num_items + jnp.arange(num_items)
   tile_W = _sequence_of(item_W, offset_A1)
@@ -164,15 +185,12 @@ def _accumulate(
 
   page_WC = chunk_W[:, None] * chunk_pages + jnp.arange(chunk_pages)
   page_WC = page_table[seq_A[tile_W][:, None], jnp.maximum(page_WC, 0)]
-  # Gathered head by head, so that no transpose stands before the products.
-  k, v = (
-    x[layer, page_WC[:, None], jnp.arange(num_kv)[:, None]].reshape(
-      num_items, num_kv, chunk, -1
-    )
-    for x in (k_pages, v_pages)
-  )
+  k, k_scale = _gather(keys, layer, page_WC, q_AKRH.dtype)
+  v, v_scale = _gather(values, layer, page_WC, q_AKRH.dtype)
   f32 = dict(preferred_element_type=jnp.float32)
   s = scale * jnp.einsum('WKRH,WKSH->WKRS', q_AKRH[tile_W], k, **f32)
+  if k_scale is not None:
+    s *= k_scale
   if soft_cap is not None:
     s = soft_cap * jnp.tanh(s / soft_cap)
   slot_WS = chunk_W[:, None] * chunk + jnp.arange(chunk)
@@ -181,6 +199,8 @@ def _accumulate(
   seen &= (chunk_W >= 0)[:, None, None]
   if window is not None:
     seen &= position_WR[..., None] - slot_WS[:, None] < window
+  if tree is not None:
+    seen &= _in_tree(tree, tile_W, slot_WS, seen.shape[1])
   s = jnp.where(seen[:, None], s, _MASKED)
 
   # Merged through a one-hot matrix: XLA's CPU scatter is a loop over rows.
@@ -193,6 +213,34 @@ def _accumulate(
   add = lambda x: jnp.einsum('AW,W...->A...', of_tile_AW.astype(x.dtype), x)
   l = alpha * l + add(p.sum(axis=-1))
   # Stale slots may hold anything; zero weight times NaN would spread.
-  v = jnp.where(seen.any(axis=1)[:, None, :, None], v, 0)
+  stored_WS = seen.any(axis=1)
+  v = jnp.where(stored_WS[:, None, :, None], v, 0)
+  if v_scale is not None:
+    p *= jnp.where(stored_WS[:, None, None], v_scale, 0)
   update = jnp.einsum('WKRS,WKSH->WKRH', p.astype(v.dtype), v, **f32)
   return m_new, l, alpha[..., None] * acc + add(update)
+
+
+def _gather(pool, layer, page_WC, dtype):
+  """Keys or values `[W, K, S, H]` of each item's pages, and their scales."""
+  pages, scales = pool
+  # Gathered head by head, so that no transpose stands before the products.
+  at = layer, page_WC[:, None], jnp.arange(pages.shape[2])[:, None]
+  flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+  x = flat(pages[at])
+  # Narrow types are for storage: the weights have to be wider.
+  x = x.astype(dtype) if pages.dtype.itemsize == 1 else x
+  return x, None if scales is None else flat(scales[at])[:, :, None]
+
+
+def _in_tree(tree, tile_W, slot_WS, num_rows):
+  """Whether the tree lets each query of an item see each of its slots."""
+  words_AQw, own_A = tree
+  j_WS = slot_WS - own_A[tile_W][:, None]
+  num_words = words_AQw.shape[-1]
+  index = jnp.clip(j_WS // 32, 0, num_words - 1)[:, None]
+  word_WQS = jnp.take_along_axis(words_AQw[tile_W], index, axis=2)
+  bit = (word_WQS >> (j_WS % 32)[:, None]) & 1
+  bit = jnp.where((j_WS < 32 * num_words)[:, None], bit, 0)
+  seen = (j_WS < 0)[:, None] | (bit == 1)
+  return jnp.repeat(seen, num_rows // seen.shape[1], axis=1)

@@ -71,8 +71,9 @@ class Call:
     args = tuple(jax.tree.map(abstract, arg) for arg in self.args)
     return jax.jit(self.fn, **options), args
 
-  def values(self) -> list[np.ndarray | None]:
+  def values(self, args: Any = None) -> list[np.ndarray | None]:
     """Known values of the flattened arguments."""
+    del args  # They are abstract.
     leaves = jax.tree.leaves(self.args)
     return [leaf.value for leaf in leaves if isinstance(leaf, Argument)]
 

@@ -13,6 +13,13 @@ published time of a 4096^3 product in 128^3 blocks, 11.67 ms
 (libtpu: 1688, above the published peak) is capped at 86 % of the peak, the best
 published decode (https://arxiv.org/abs/2604.15464). libtpu has no model for v4:
 its numbers are guesses.
+
+The network is published as bandwidth per chip in both directions together
+(https://cloud.google.com/tpu/docs/v5e: 400 GB/s on 4 ports, hence 50 a link and
+direction; v4 600 on 6, v5p 1200 on 6, v6e 800 on 4, tpu7x 1200 on 6). Slices of
+v5e and v6e close to rings at 16 chips, those of the others at multiples of 4.
+Host memory is behind PCIe, about 16 GB/s a chip, 32 from v6e on
+(https://jax-ml.github.io/scaling-book, section 2).
 """
 
 import dataclasses
@@ -59,6 +66,9 @@ class Chip:
     hbm_gb_per_s: Its peak bandwidth, 1e9 bytes per second.
     peak_tflops: Dense bfloat16.
     dma: Timing of copies.
+    ici_gb_per_s: Of one link between chips, in one direction.
+    ring: A dimension of the network closes to a ring at multiples of it.
+    host_gb_per_s: To and from the host's memory.
   """
 
   name: str
@@ -79,6 +89,9 @@ class Chip:
   hbm_gb_per_s: float
   peak_tflops: float
   dma: DmaTiming
+  ici_gb_per_s: float
+  ring: int
+  host_gb_per_s: float
 
 
 _MXU_128 = dict(
@@ -106,6 +119,9 @@ CHIPS = {
       hbm_gb_per_s=1228.0,
       peak_tflops=275.0,
       dma=DmaTiming(900.0, 450.0, 0.85 * 1228 / 1.05),
+      ici_gb_per_s=50.0,
+      ring=4,
+      host_gb_per_s=16.0,
       **_MXU_128,
     ),
     Chip(
@@ -123,6 +139,9 @@ CHIPS = {
       hbm_gb_per_s=819.0,
       peak_tflops=197.0,
       dma=DmaTiming(655.0, 436.0, 490.9),
+      ici_gb_per_s=50.0,
+      ring=16,
+      host_gb_per_s=16.0,
       **_MXU_128,
     ),
     Chip(
@@ -140,6 +159,9 @@ CHIPS = {
       hbm_gb_per_s=2765.0,
       peak_tflops=459.0,
       dma=DmaTiming(658.0, 615.0, 1250.8),
+      ici_gb_per_s=100.0,
+      ring=4,
+      host_gb_per_s=16.0,
       **_MXU_128,
     ),
     Chip(
@@ -157,6 +179,9 @@ CHIPS = {
       hbm_gb_per_s=1638.0,
       peak_tflops=918.0,
       dma=DmaTiming(542.0, 450.0, 775.9),
+      ici_gb_per_s=100.0,
+      ring=16,
+      host_gb_per_s=32.0,
       **_MXU_256,
     ),
     Chip(
@@ -174,6 +199,9 @@ CHIPS = {
       hbm_gb_per_s=7380 / 2,
       peak_tflops=2307 / 2,
       dma=DmaTiming(690.0, 591.0, 1442.0),
+      ici_gb_per_s=100.0,
+      ring=4,
+      host_gb_per_s=32.0,
       **_MXU_256,
     ),
   )
@@ -217,3 +245,8 @@ def parse_topology(topology: str) -> Target:
     )
   num_chips = math.prod(map(int, shape.split('x')))
   return Target(chip, topology, num_chips * chip.devices_per_chip)
+
+
+def wraps(chip: Chip, size: int) -> bool:
+  """Whether `size` chips along a dimension of a slice form a ring."""
+  return size % chip.ring == 0

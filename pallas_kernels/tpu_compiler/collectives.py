@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 
+from pallas_kernels.tpu_compiler import hlo
 from pallas_kernels.tpu_compiler.hlo import Program
-from pallas_kernels.tpu_compiler.hlo import names_in
-from pallas_kernels.tpu_compiler.hlo import opcode_of
+from pallas_kernels.tpu_compiler.network import Network
 
 COLLECTIVES = (
   'all-gather',
@@ -21,10 +21,6 @@ COLLECTIVES = (
   'ragged-all-to-all',
   'reduce-scatter',
 )
-_ARRAY = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
-_CALLED = re.compile(r'\b(calls|to_apply|body|condition)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED = re.compile(
   r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}'
 )
@@ -48,6 +44,10 @@ class Collective:
     groups: Devices that communicate with each other, by position in the mesh;
       (source, target) pairs of a permutation.
     asynchronous: Whether other work may run between its start and its end.
+    milliseconds: One run takes over the chip's links, see `Network`; 0 where
+      the devices' places are not known.
+    parts: Instructions of the schedule from its start to its end; one if it
+      is not split.
   """
 
   name: str
@@ -57,66 +57,96 @@ class Collective:
   axes: tuple[str, ...]
   groups: tuple[tuple[int, ...], ...]
   asynchronous: bool
+  milliseconds: float = 0.0
+  parts: tuple[str, ...] = ()
+
+  @property
+  def where(self) -> str:
+    """The axes in words."""
+    size = max(map(len, self.groups), default=0)
+    return '+'.join(self.axes) or f'{len(self.groups)} groups of {size}'
 
   def report(self) -> str:
     """One line."""
-    size = max(map(len, self.groups), default=0)
-    where = '+'.join(self.axes) or f'{len(self.groups)} groups of {size}'
     how = 'asynchronous' if self.asynchronous else 'exposed'
+    time = f' of {self.milliseconds:.3f} ms' if self.milliseconds else ''
     return (
-      f'{self.op} over {where}: {self.bytes:,} bytes x {self.count}, {how} '
-      f'({self.name})'
+      f'{self.op} over {self.where}: {self.bytes:,} bytes x {self.count}'
+      f'{time}, {how} ({self.name})'
     )
 
 
-def summary(collectives: Iterable[Collective]) -> list[str]:
-  """Lines with the collectives of one kind together, most bytes first."""
+def summary(
+  collectives: Iterable[Collective],
+  exposed_ms: Mapping[str, float] | None = None,
+) -> list[str]:
+  """Lines with the collectives of one kind together, most bytes first.
+
+  Args:
+    collectives: All of them.
+    exposed_ms: For how long nothing else runs, by name, where it is known.
+  """
   totals = {}
   for c in collectives:
     how = 'asynchronous' if c.asynchronous else 'exposed'
-    total = totals.setdefault(
-      (c.op, '+'.join(c.axes) or 'no axis', how), [0, 0]
-    )
+    key = c.op, '+'.join(c.axes) or 'no axis', how
+    total = totals.setdefault(key, [0, 0, 0.0, 0.0])
     total[0] += c.count
     total[1] += c.count * c.bytes
-  return [
-    f'{op} over {axes}, {how}: {count:,} x, {size:,} bytes'
-    for (op, axes, how), (count, size) in sorted(
-      totals.items(), key=lambda item: -item[1][1]
-    )
-  ]
+    total[2] += c.count * c.milliseconds
+    total[3] += (exposed_ms or {}).get(c.name, 0.0)
+  lines = []
+  for (op, axes, how), (count, size, ms, waited) in sorted(
+    totals.items(), key=lambda item: -item[1][1]
+  ):
+    time = f', {ms:.2f} ms' if ms else ''
+    if exposed_ms is not None:
+      time += f', {waited:.2f} ms exposed'
+    lines.append(f'{op} over {axes}, {how}: {count:,} x, {size:,} bytes{time}')
+  return lines
 
 
-def find(program: Program, mesh_axes: Mapping[str, int]) -> list[Collective]:
+def find(
+  program: Program,
+  mesh_axes: Mapping[str, int],
+  network: Network | None = None,
+) -> list[Collective]:
   """Finds the collectives of a program, in the order of its text.
 
   Args:
     program: The module.
     mesh_axes: Names and sizes of the mesh's axes, in its order.
+    network: Tells how long they take.
 
   Raises:
     ValueError: Groups of devices in a notation that is not known.
   """
-  counts = _run_counts(program)
   fused = _callers(program)
+  dones = _dones(program)
   found = {}
   for computation, names in program.computations.items():
     for name in names:
       text = program.instructions[name]
-      opcode = opcode_of(text)
+      opcode = hlo.opcode_of(text)
       op = opcode.removesuffix('-start')
       if op not in COLLECTIVES:
         continue
+      if computation.startswith('all-reduce-scatter'):
+        op = 'reduce-scatter'  # A fusion that cuts what it sums.
       groups = _groups(text, math.prod(mesh_axes.values()))
-      hidden = opcode != op or fused.get(computation, False)
+      caller, beside = fused.get(computation, (name, False))
+      size = _bytes(program, text, opcode)
+      time = 0.0 if network is None else network.milliseconds(op, size, groups)
       one = Collective(
         name=name,
         op=op,
-        bytes=_bytes(program, text, opcode),
-        count=counts.get(computation, 1),
+        bytes=size,
+        count=program.run_counts.get(computation, 1),
         axes=_axes(groups, mesh_axes, op == 'collective-permute'),
         groups=groups,
-        asynchronous=hidden,
+        asynchronous=opcode.endswith('-start') or beside,
+        milliseconds=time,
+        parts=(caller, dones[caller]) if caller in dones else (caller,),
       )
       # XLA spreads one collective over fusions: the start, other work during
       # which it goes on, the end. All carry its channel.
@@ -127,81 +157,99 @@ def find(program: Program, mesh_axes: Mapping[str, int]) -> list[Collective]:
   return list(found.values())
 
 
+def live_bytes(program: Program, collectives: Iterable[Collective]) -> int:
+  """Most HBM that results of collectives take at once.
+
+  A result lives from its start to its last use in the computation that holds
+  it; what loops and calls inside hold comes on top.
+  """
+  results = {}
+  for c in collectives:
+    results[c.parts[0]] = c.parts
+  largest: dict[str, int] = {}
+
+  def peak(computation):
+    if computation in largest:
+      return largest[computation]
+    names = program.computations[computation]
+    ends = _last_uses(program, names)
+    live, most, dying = 0, 0, {}
+    for name in names:
+      text = program.instructions[name]
+      inside = max(
+        (peak(c) for c, _ in hlo.calls(text) if c in program.computations),
+        default=0,
+      )
+      if name in results:
+        result = program.instructions[results[name][-1]]
+        size = hlo.array_bytes(hlo.result_of(result), hbm_only=True)
+        live += size
+        end = ends.get(results[name][-1], name)
+        dying[end] = dying.get(end, 0) + size
+      most = max(most, live + inside)
+      live -= dying.pop(name, 0)
+    largest[computation] = most
+    return most
+
+  return peak(program.entry)
+
+
+def _last_uses(program, names):
+  """Last instruction that reads each, through what only renames it."""
+  last, alias = {}, {}
+  for name in names:
+    text = program.instructions[name]
+    operands = hlo.operands_of(text)
+    for operand in operands:
+      while operand:
+        last[operand] = name
+        operand = alias.get(operand)
+    if hlo.opcode_of(text) in ('bitcast', 'get-tuple-element') and operands:
+      alias[name] = operands[0]
+  return last
+
+
 def _joined(a, b):
   """One collective out of two parts of it."""
-  return dataclasses.replace(a, count=min(a.count, b.count), asynchronous=True)
-
-
-def _calls(text):
-  """Computations that an instruction runs, and how."""
-  yield from ((m[2], m[1]) for m in _CALLED.finditer(text))
-  for match in _BRANCHES.finditer(text):
-    yield from ((name, 'branch') for name in names_in(match[1]))
-
-
-def _run_counts(program):
-  """How often each computation runs, as far as loops say their length."""
-  counts = {name: 0 for name in program.computations}
-
-  def visit(computation, times):
-    counts[computation] += times
-    for name in program.computations[computation]:
-      text = program.instructions[name]
-      for callee, how in _calls(text):
-        if callee in counts and how != 'condition':
-          trips = _trips(program, text) if how == 'body' else 1
-          visit(callee, times * trips)
-
-  visit(program.entry, 1)
-  return {name: max(n, 1) for name, n in counts.items()}
-
-
-def _trips(program, loop):
-  """Length of a loop: what it says, or what a counter from zero must reach."""
-  if match := _TRIPS.search(loop):
-    return int(match[1])
-  condition = re.search(r'condition=%?([\w.\-]+)', loop)
-  for name in program.computations.get(condition[1] if condition else '', ()):
-    text = program.instructions[name]
-    if opcode_of(text) == 'compare' and 'direction=LT' in text:
-      limit = names_in(text.partition('compare(')[2].partition(')')[0])[-1]
-      constant = program.instructions.get(limit, '')
-      if match := re.search(r' constant\((\d+)\)', constant):
-        return int(match[1])
-  return 1
+  return dataclasses.replace(
+    a,
+    count=min(a.count, b.count),
+    asynchronous=True,
+    parts=(*a.parts, *b.parts),
+  )
 
 
 def _callers(program):
-  """Fused computations; true for those that run a collective beside work."""
+  """Caller of each fused computation, and if it runs beside other work."""
   found = {}
-  for text in program.instructions.values():
-    opcode = opcode_of(text)
-    for callee, how in _calls(text):
+  for name, text in program.instructions.items():
+    opcode = hlo.opcode_of(text)
+    for callee, how in hlo.calls(text):
       if how == 'calls':
         beside = opcode == 'async-start' or 'async_collective' in callee
-        found[callee] = found.get(callee, False) or beside
+        found[callee] = name, beside
+  return found
+
+
+def _dones(program):
+  """The instruction that ends what another one has started, by its name."""
+  found = {}
+  for name, text in program.instructions.items():
+    if hlo.opcode_of(text).endswith('-done'):
+      for operand in hlo.operands_of(text):
+        found[operand] = name
   return found
 
 
 def _bytes(program, text, opcode):
   """The larger of operands and results; a -start's result holds both."""
-  before, _, rest = text.partition(f' {opcode}(')
-  arguments = rest.split(')')[0]
-  types = [program.instructions.get(n, '') for n in names_in(arguments)]
-  given = sum(_array_bytes(t.split(' ')[0]) for t in types)
+  types = [program.instructions.get(n, '') for n in hlo.operands_of(text)]
+  given = sum(hlo.array_bytes(hlo.result_of(t)) for t in types)
+  result = hlo.result_of(text)
   if opcode.endswith('-start'):
     # Also 'u32[]', counters that are not sent.
-    return max(given, _array_bytes(before.replace('u32[]', '')) - given)
-  return max(given, _array_bytes(before))
-
-
-def _array_bytes(types):
-  total = 0
-  for dtype, shape in _ARRAY.findall(types):
-    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
-    sizes = [int(s) for s in shape.split(',') if s]
-    total += math.prod(sizes) * bits // 8
-  return total
+    return max(given, hlo.array_bytes(result.replace('u32[]', '')) - given)
+  return max(given, hlo.array_bytes(result))
 
 
 def _groups(text, num_devices):

@@ -9,9 +9,11 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +26,13 @@ import jax
 from pallas_kernels.tpu_compiler import call as call_lib
 from pallas_kernels.tpu_compiler import chips
 from pallas_kernels.tpu_compiler import dump
+from pallas_kernels.tpu_compiler import memory as memory_lib
 from pallas_kernels.tpu_compiler import pickling
 from pallas_kernels.tpu_compiler.result import Compiled
 
 DEFAULT_CACHE = pathlib.Path('~/.cache/onemesh/tpu_compiler')
 # Of what a folder of the cache holds; a change makes old folders unread.
-_FORMAT = 1
+_FORMAT = 2
 _LOG_CHARACTERS = 4000
 # A folder of a job this old belongs to a process that was killed.
 _ABANDONED_S = 24 * 3600
@@ -45,6 +48,45 @@ _JAX_CONFIG = (
 
 class CompileError(RuntimeError):
   """The compiler, or the tracing before it, refused; carries its words."""
+
+
+class OutOfMemoryError(CompileError):
+  """The program does not fit; says what it would take, and what to change.
+
+  Attributes:
+    memory: Bytes of a device, as far as they are known; all temporaries are in
+      `peak`.
+    arguments: Bytes per device of each argument, by its path.
+    whole_arguments: The same over all devices, each element once.
+    num_devices: Of the mesh.
+    limit_bytes: What the compiler may use of a device's memory.
+  """
+
+  def __init__(self, message: str, result: Mapping[str, Any], needed: int):
+    super().__init__(message)
+    self.arguments = result['arguments']
+    self.whole_arguments = result['whole_arguments']
+    self.num_devices = math.prod(result['mesh_axes'].values()) or 1
+    size = sum(self.arguments.values())
+    self.memory = memory_lib.Memory(size, 0, 0, needed - size, 0, needed)
+    self.limit_bytes = float(
+      _gib(message, r'(?:exceeds available HBM \(| of )')
+    )
+
+  def by_class(
+    self, classes: Mapping[str, str] = memory_lib.CLASSES
+  ) -> dict[str, int]:
+    """See `Compiled.memory_by_class`; collectives are in the temporaries."""
+    return memory_lib.by_class(self.memory, self.arguments, classes)
+
+  def advice(self, classes: Mapping[str, str] = memory_lib.CLASSES) -> str:
+    """See `Compiled.advice`."""
+    return memory_lib.advice(
+      self.by_class(classes),
+      memory_lib.argument_classes(self.whole_arguments, classes),
+      self.num_devices,
+      self.limit_bytes,
+    )
 
 
 def compile_for(
@@ -92,8 +134,8 @@ def compile_for(
       for a function that is jitted already.
     ModuleNotFoundError: libtpu is not installed.
     TimeoutError: `timeout_s` has passed.
-    CompileError: The compiler's own error: memory that does not suffice, an
-      operation it cannot do.
+    OutOfMemoryError: The program does not fit into a device.
+    CompileError: Any other error of the compiler.
   """
   target = chips.parse_topology(topology)
   given = dict(
@@ -128,7 +170,9 @@ def compile_built(
 
   Args:
     build: Called in the child with the topology's devices; returns a jitted
-      function and abstract arguments with shardings over them.
+      function and abstract arguments with shardings over them. Its method
+      `values(args)`, if it has one, gives the values of the flattened arguments
+      that steer kernels, `None` for others.
     topology: See `compile_for`, as the others are.
     schedules: Keep what `Compiled.schedule` reads.
     flags: For libtpu.
@@ -139,7 +183,6 @@ def compile_built(
     See `compile_for`, and for what is raised.
   """
   target = chips.parse_topology(topology)
-  versions = _versions()
   cache = pathlib.Path(cache_dir or DEFAULT_CACHE).expanduser().resolve()
   cache.mkdir(parents=True, exist_ok=True)
   _remove_abandoned(cache)
@@ -156,7 +199,7 @@ def compile_built(
       cache_dir=str(cache),
       flags=[bool(schedules), *flags],
       format=_FORMAT,
-      **versions,
+      **versions(),
     )
     env = _environment(target, [*dump_flags, *flags])
     result = _run_worker(folder, head, build, env, timeout_s)
@@ -175,7 +218,12 @@ def _remove_abandoned(cache):
         shutil.rmtree(job, ignore_errors=True)
 
 
-def _versions():
+def versions() -> dict[str, str]:
+  """Of 'jax' and 'libtpu'.
+
+  Raises:
+    ModuleNotFoundError: libtpu is not installed.
+  """
   if importlib.util.find_spec('libtpu') is None:
     raise ModuleNotFoundError(
       'the TPU compiler is not installed; it needs no TPU: '
@@ -234,8 +282,19 @@ def _run_worker(folder, head, build, env, timeout_s):
     )
   result = json.loads(path.read_text())
   if 'error' in result:
-    raise CompileError(f'for {head["topology"]}: {result["error"]}')
+    message = f'for {head["topology"]}: {result["error"]}'
+    needed = _gib(message, r'(?:temporaries \(|Used )')
+    if needed and 'arguments' in result:
+      raise OutOfMemoryError(message, result, needed)
+    raise CompileError(message)
   return result
+
+
+def _gib(message, before):
+  """Bytes of a size that an out-of-memory message has after some words."""
+  match = re.search(before + r'([\d.]+)([KMGT])', message)
+  scale = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+  return int(float(match[1]) * scale[match[2]]) if match else 0
 
 
 def _keep(folder, kept):

@@ -65,6 +65,7 @@ _TYPED_EXPRESSIONS = {
   'smax.u32': 'unsigned_max({0}, {1})',
   'smin.s32': 'signed_min({0}, {1})',
   'smin.u32': 'unsigned_min({0}, {1})',
+  'smulhi.u32': '({0} * {1}) >> 32',
   **{
     f's{op}.f32': f'float_{op}({{0}}, {{1}})'
     for op in ('add', 'sub', 'mul', 'max', 'min')

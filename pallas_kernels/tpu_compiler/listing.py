@@ -21,7 +21,10 @@ _BUNDLE = re.compile(
 )
 _MAYBE_BUNDLE = re.compile(r'^ *(0x[0-9a-f]+|0) .*[{}]')
 _ASSIGNMENT = re.compile(r'^((?:%[\w.]+(?:, )?)+) = (.*)$')
-_PREDICATE = re.compile(r'\((!?)%(p\w+)(?:, ([^()]*))?\)(,?)')
+# '(!1)' and '(0),' are never.
+_PREDICATE = re.compile(
+  r'\((!?)%?((?<=%)p\w+|(?<=!)1|(?<=\()0(?=\),))(?:, ([^()]*))?\)(,?)'
+)
 _STORE = re.compile(r'^(\[\w+:\[[^\]]*(?:\[[^\]]*\][^\]]*)*\]\])[\s,]*')
 _ALLOCATION = re.compile(
   r"\s*#(\w+) \[shape = '[^']*', space=(\w+), size = (?:0x[0-9a-f]+|\d+)"

@@ -15,8 +15,8 @@ import numpy as np
 
 # Larger arrays steer nothing.
 _MAX_ELEMENTS = 1 << 22
-# Their inner arguments are not the outer ones.
-_OPAQUE = ('scan', 'while', 'cond', 'shard_map')
+# They say where a value is, and leave it as it is.
+_SAME = ('mesh_cast', 'pcast', 'pvary', 'reshard', 'sharding_constraint')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,23 @@ def _evaluate_equation(eqn, inputs, found):
   if name == 'pallas_call':
     found.append(_record(eqn, inputs))
     return None
+  if name in _SAME:
+    return inputs
+  if name == 'platform_index':
+    return [_tpu_index(eqn.params['platforms'])]
+  if name in _INNER_INPUTS:
+    parts = list(_closed_jaxprs(eqn.params.values()))
+    if name == 'cond' and inputs[0] is not None:
+      index = int(inputs[0])
+      parts = [parts[min(max(index, 0), len(parts) - 1)]]
+    outputs = [
+      _evaluate(part, _INNER_INPUTS[name](eqn, part, inputs), found)
+      for part in parts
+    ]
+    return _OUTER_OUTPUTS[name](eqn, outputs)
   inner = list(_closed_jaxprs(eqn.params.values()))
-  if name not in _OPAQUE and len(inner) == 1:
-    if len(inner[0].jaxpr.invars) == len(inputs):
-      return _evaluate(inner[0], inputs, found)
+  if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(inputs):
+    return _evaluate(inner[0], inputs, found)
   before = len(found)
   for part in inner:
     _evaluate(part, [None] * len(part.jaxpr.invars), found)
@@ -88,10 +101,113 @@ def _evaluate_equation(eqn, inputs, found):
   arrays = [x if hasattr(x, 'dtype') else np.asarray(x) for x in inputs]
   try:
     outputs = eqn.primitive.bind(*arrays, **eqn.params)
-  except (NotImplementedError, TypeError, ValueError, RuntimeError):
+  except Exception:
     # An operation that only runs inside a compiled program: not known.
     return None
   return outputs if eqn.primitive.multiple_results else [outputs]
+
+
+def _tpu_index(platforms):
+  """Which branch of `platform_dependent` a TPU takes."""
+  for i, names in enumerate(platforms):
+    if names is None or 'tpu' in names:
+      return np.int32(i)
+  return None
+
+
+def _scan_inputs(eqn, part, inputs):
+  """Constants, no carry, and of what is scanned what is always the same."""
+  num_consts, num_carry = _scan_sizes(eqn.params)
+  scanned = [
+    x[0] if x is not None and len(x) and np.all(x == x[:1]) else None
+    for x in map(_array, inputs[num_consts + num_carry :])
+  ]
+  return [*inputs[:num_consts], *[None] * num_carry, *scanned]
+
+
+def _while_inputs(eqn, part, inputs):
+  """Constants of the condition or of the body; no carry."""
+  num_cond = eqn.params['cond_nconsts']
+  num_body = eqn.params['body_nconsts']
+  known = inputs[:num_cond]
+  if part is not eqn.params['cond_jaxpr']:
+    known = inputs[num_cond : num_cond + num_body]
+  return [*known, *[None] * (len(part.jaxpr.invars) - len(known))]
+
+
+def _shard_map_inputs(eqn, part, inputs):
+  """The first device's part of each."""
+  return [
+    None if x is None else x[tuple(slice(n) for n in var.aval.shape)]
+    for x, var in zip(map(_array, inputs), part.jaxpr.invars, strict=True)
+  ]
+
+
+# Their inner arguments are not the outer ones.
+_INNER_INPUTS = {
+  'cond': lambda eqn, part, inputs: inputs[1:],
+  'scan': _scan_inputs,
+  'shard_map': _shard_map_inputs,
+  'while': _while_inputs,
+}
+
+
+def _scan_sizes(params):
+  """Numbers of constants and of carried values; since jax 0.12 in a tree."""
+  if 'num_consts' in params:
+    return params['num_consts'], params['num_carry']
+  consts, carry, _ = params['ft_in'].unpack()
+  return len(consts), len(carry)
+
+
+def _scan_outputs(eqn, outputs):
+  """Of what every round puts out, what is always the same."""
+  _, num_carry = _scan_sizes(eqn.params)
+  return [
+    None if i < num_carry else _fill(y, var.aval.shape)
+    for i, (y, var) in enumerate(zip(outputs[0], eqn.outvars, strict=True))
+  ]
+
+
+def _shard_map_outputs(eqn, outputs):
+  """The first device's part, as if all had the same."""
+  return [
+    _fill(y, var.aval.shape)
+    for y, var in zip(outputs[0], eqn.outvars, strict=True)
+  ]
+
+
+def _cond_outputs(eqn, outputs):
+  """What the branches that know it agree on."""
+  agreed = []
+  for values in zip(*outputs, strict=True):
+    known = [np.asarray(v) for v in values if v is not None]
+    same = known and all(np.array_equal(known[0], v) for v in known)
+    agreed.append(known[0] if same else None)
+  return agreed
+
+
+_OUTER_OUTPUTS = {
+  'cond': _cond_outputs,
+  'scan': _scan_outputs,
+  'shard_map': _shard_map_outputs,
+  'while': lambda eqn, outputs: None,
+}
+
+
+def _fill(y, shape):
+  """Repeats an array until it has a shape."""
+  if y is None or not _is_small(shape):
+    return None
+  y = np.asarray(y)
+  y = y.reshape((1,) * (len(shape) - y.ndim) + y.shape)
+  return np.tile(
+    y, [whole // part for whole, part in zip(shape, y.shape, strict=True)]
+  )
+
+
+def _array(x):
+  return None if x is None else np.asarray(x)
 
 
 def _closed_jaxprs(params):

@@ -85,7 +85,8 @@ def known_operands(
 ) -> dict[int, np.ndarray]:
   """Values of a kernel's operands as the trace recorded them, by index.
 
-  Where several calls could be this kernel, only what they agree on is known.
+  Where several calls could be this kernel, only what those that know an operand
+  agree on is known.
   """
   wanted = {o.index: o.shape for o in listing.operands if o.is_input}
   exact, near = [], []
@@ -102,15 +103,13 @@ def known_operands(
   own = re.sub(r'\.\d+$', '', listing.name)
   found = exact or near[:1]
   found = [c for c in found if c.name.split(' ')[0] == own] or found
-  if not found:
-    return {}
-  first, *others = found
-  return {
-    i: value
-    for i, value in enumerate(first.values)
-    if value is not None
-    and all(_is_same(value, other.values[i]) for other in others)
-  }
+  values = {}
+  for i in range(max((len(call.values) for call in found), default=0)):
+    known = [call.values[i] for call in found if i < len(call.values)]
+    known = [value for value in known if value is not None]
+    if known and all(np.array_equal(known[0], other) for other in known):
+      values[i] = known[0]
+  return values
 
 
 def place(
@@ -219,7 +218,3 @@ def _set_constants(smem, listing, core):
 
 def _hlo_shape(shape, dtype):
   return f'{_HLO_DTYPES.get(dtype, dtype)}[{",".join(map(str, shape))}]'
-
-
-def _is_same(a, b):
-  return b is not None and np.array_equal(a, b)

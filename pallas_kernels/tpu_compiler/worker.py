@@ -24,17 +24,18 @@ def main(job_path: str, folder: str) -> None:
     sys.path.extend(p for p in job['sys_path'] if p not in sys.path)
     # The functions come second: unpickling them may import jax.
     payload = f.read()
+  # What is known before the compiler refuses is worth having too.
+  result = {}
   try:
-    result = _run(job, payload, out)
+    _run(job, payload, out, result)
   except Exception as e:
-    result = {
-      'error': f'{type(e).__name__}: {e}',
-      'traceback': traceback.format_exc(),
-    }
+    result['error'] = f'{type(e).__name__}: {e}'
+    result['traceback'] = traceback.format_exc()
   (out / 'result.json').write_text(json.dumps(result, indent=1))
 
 
-def _run(job, payload, out):
+def _run(job, payload, out, result):
+  """Fills in `result`."""
   import jax
   from jax.experimental import topologies
 
@@ -49,30 +50,35 @@ def _run(job, payload, out):
   fn, args = build(devices)
   started = time.perf_counter()
   traced = fn.trace(*args)
-  values = build.values() if hasattr(build, 'values') else []
+  values = build.values(args) if hasattr(build, 'values') else []
   operands = _operands(traced.jaxpr, values)
   lowered = traced.lower()
   key = _key(job, lowered, operands)
   if (pathlib.Path(job['cache_dir']) / key / 'result.json').exists():
-    return {'key': key}
+    result['key'] = key
+    return
   lowered_at = time.perf_counter()
+  result.update(
+    key=key,
+    device_kind=devices[0].device_kind,
+    num_devices=len(devices),
+    mesh_axes=dict(getattr(build, 'mesh_axes', None) or _mesh_axes(args)),
+    coords=_coords(build, args, devices),
+    arguments=_argument_bytes(args, None),
+    whole_arguments=_whole_bytes(args),
+    lower_s=lowered_at - started,
+    jax=jax.__version__,
+    libtpu=job['libtpu'],
+  )
   compiled = lowered.compile()
   compiled_at = time.perf_counter()
   (out / 'hlo.txt').write_text(compiled.as_text())
   (out / 'operands.pkl').write_bytes(pickle.dumps(operands))
-  return {
-    'key': key,
-    'device_kind': devices[0].device_kind,
-    'num_devices': len(devices),
-    'arguments': _argument_bytes(args, compiled),
-    'mesh_axes': dict(getattr(build, 'mesh_axes', None) or _mesh_axes(args)),
-    'lower_s': lowered_at - started,
-    'compile_s': compiled_at - lowered_at,
-    'cost': _cost(compiled),
-    'memory': _memory(compiled.memory_analysis()),
-    'jax': jax.__version__,
-    'libtpu': job['libtpu'],
-  }
+  result.update(
+    arguments=_argument_bytes(args, compiled),
+    compile_s=compiled_at - lowered_at,
+    memory=_memory(compiled.memory_analysis()),
+  )
 
 
 def _show_target(devices):
@@ -137,28 +143,59 @@ def _mesh_axes(args):
   return {}
 
 
-def _argument_bytes(args, compiled):
-  """Bytes per device of each argument, by its path."""
+def _coords(build, args, devices):
+  """Coordinates of the chips of the mesh's devices, in its order."""
   import jax
 
-  leaves = jax.tree_util.tree_leaves_with_path(args)
-  arrays = [(path, leaf) for path, leaf in leaves if hasattr(leaf, 'shape')]
-  chosen = jax.tree.leaves(compiled.input_shardings[0])
+  from pallas_kernels.tpu_compiler import call
+
+  for leaf in jax.tree.leaves(args):
+    mesh = getattr(getattr(leaf, 'sharding', None), 'mesh', None)
+    if mesh is not None:
+      devices = mesh.devices.flat
+      break
+  else:
+    if getattr(build, 'mesh_axes', None):
+      devices = call.make_mesh(build.mesh_axes, devices).devices.flat
+  return [list(d.coords) for d in devices]
+
+
+def _argument_bytes(args, compiled):
+  """Bytes per device of each argument, by its path.
+
+  Before there is a compiled program only given shardings count.
+  """
+  import jax
+
+  arrays = _arrays(args)
+  chosen = jax.tree.leaves(compiled.input_shardings[0]) if compiled else []
   if len(chosen) != len(arrays):  # Some are not used, nor known here.
     chosen = [None] * len(arrays)
   found = {}
   for (path, leaf), otherwise in zip(arrays, chosen, strict=True):
     sharding = leaf.sharding or otherwise
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    size = math.prod(shape) * leaf.dtype.itemsize
-    found[jax.tree_util.keystr(path)] = size
+    found[path] = math.prod(shape) * leaf.dtype.itemsize
   return found
 
 
-def _cost(compiled):
-  cost = compiled.cost_analysis() or {}
-  cost = cost[0] if isinstance(cost, list) else cost
-  return {name: float(value) for name, value in cost.items()}
+def _whole_bytes(args):
+  """Bytes of each argument over all devices, every element once."""
+  return {
+    path: math.prod(leaf.shape) * leaf.dtype.itemsize
+    for path, leaf in _arrays(args)
+  }
+
+
+def _arrays(args):
+  import jax
+
+  leaves = jax.tree_util.tree_leaves_with_path(args)
+  return [
+    (jax.tree_util.keystr(path), leaf)
+    for path, leaf in leaves
+    if hasattr(leaf, 'shape')
+  ]
 
 
 def _memory(analysis):

@@ -8,8 +8,10 @@ from absl.testing import flagsaver
 import jax
 import pytest
 
+from experiments import choices
 from experiments import compile_for_tpu
 from experiments import configs
+from experiments.tpu_programs import TrainingStep
 from jaxtrain.models.config import ModelConfig
 
 _TINY = ModelConfig(
@@ -29,10 +31,13 @@ def _config(**changes):
   return {**configs.load('quickstart'), **small, **changes}
 
 
-@pytest.mark.skipif(
+_needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason="needs the TPU compiler: pip install 'onemesh[tpu]'",
 )
+
+
+@_needs_libtpu
 def test_prints_and_checks(tmp_path, capsys, monkeypatch):
   config = _config()
   monkeypatch.setattr(configs, 'load', lambda *_: dict(config))
@@ -46,15 +51,17 @@ def test_prints_and_checks(tmp_path, capsys, monkeypatch):
   with flagsaver.flagsaver(**flags):
     compile_for_tpu.main(['compile_for_tpu'])
   text = capsys.readouterr().out
-  assert 'of 16 GiB: fits; 1,024 tokens a step' in text
-  record = json.loads(output.read_text())
+  assert 'of 16 GiB: fits' in text
+  assert '1,024 tokens a step' in text
+  assert 'could not be timed' not in text
+  record = json.loads(output.read_text())['training step']
   # Two devices share each parameter; AdamW keeps two moments of each.
-  state = compile_for_tpu.TrainingStep(config)(jax.devices()[:4])[1][0]
+  state = TrainingStep(config)(jax.devices()[:4])[1][0]
   count = sum(x.size for x in jax.tree.leaves(state.params))
   scales = 128 * (2 * _TINY.num_layers + 1)
   memory = record['memory']
   assert memory['parameters'] == pytest.approx(4 * count / 2, abs=4 * scales)
-  assert memory['optimizer'] == pytest.approx(
+  assert memory['optimizer state'] == pytest.approx(
     2 * memory['parameters'], rel=1e-3
   )
   assert memory['batch'] == 5 * 8 * 128 * 4 // 4
@@ -62,19 +69,32 @@ def test_prints_and_checks(tmp_path, capsys, monkeypatch):
   assert {'fsdp', 'data'} <= {
     a for c in record['collectives'] for a in c['axes']
   }
-  with flagsaver.flagsaver(**flags, check_hbm_gib=0.001):
-    with pytest.raises(SystemExit, match='exceed 0.001 GiB'):
+  assert record['cost']['step_ms'] > 0
+  limits = dict(check_hbm_gib=0.001, check_exposed_ms=0.0)
+  with flagsaver.flagsaver(**flags, **limits):
+    with pytest.raises(SystemExit, match='exceed 0.001 GiB') as caught:
       compile_for_tpu.main(['compile_for_tpu'])
+  assert 'exposed collectives exceed 0 ms' in str(caught.value)
 
 
-def test_the_step_is_that_of_training():
-  step, (state, batch) = compile_for_tpu.TrainingStep(_config())(
-    jax.devices()[:4]
+@_needs_libtpu
+def test_serving(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(choices, 'published', lambda name: _TINY)
+  engine = dict(
+    max_num_requests=4, max_seq_len=128, max_step_tokens=8, token_buckets=[8]
   )
-  new, metrics = jax.eval_shape(step, state, batch)
-  assert jax.tree.structure(new) == jax.tree.structure(state)
-  assert metrics['loss'].shape == ()
-  assert batch['tokens'].shape == (8, 128)
+  with flagsaver.flagsaver(
+    serve=True,
+    preset='tiny',
+    topology='v5e:2x2',
+    mesh='tensor=2',
+    engine=json.dumps(engine),
+    cache_dir=str(tmp_path),
+  ):
+    compile_for_tpu.main(['compile_for_tpu'])
+  text = capsys.readouterr().out
+  assert '8 tokens on v5e:2x2' in text
+  assert 'KV pages' in text
 
 
 @pytest.mark.parametrize(
@@ -89,6 +109,11 @@ def test_the_step_is_that_of_training():
       '--override changes',
     ),
     (dict(topology='v5e', config='nothing'), "no config 'nothing'"),
+    (dict(topology='v5e', serve=True), '--serve needs --preset='),
+    (
+      dict(topology='v5e', serve=True, preset='llama3-8b', engine='{"a": 1}'),
+      '--engine=',
+    ),
   ],
 )
 def test_refuses(flags, message):
@@ -101,7 +126,7 @@ def test_presets_are_the_published_sizes():
   with flagsaver.flagsaver(
     topology='v5e', preset='llama3-8b', seq_len=64, remat='full', mesh='fsdp=4'
   ):
-    config = compile_for_tpu._from_flags()
+    config = compile_for_tpu.training_program().config
   assert config['model'].embed_dim == 4096
   assert (config['seq_len'], config['remat'], config['mesh']) == (
     64,

@@ -39,6 +39,11 @@ def test_known_kinds(kind, tflops):
   assert kind in peak.source
 
 
+def test_devices_may_come_from_an_iterator():
+  devices = [_Device('TPU v4')] * 3
+  assert hardware.peak(iter(devices)) == hardware.peak(devices)
+
+
 @pytest.mark.parametrize('kind', ['TPU v99', 'NVIDIA H1000', 'Banana'])
 def test_unknown_kind_has_no_peak(kind):
   assert hardware.peak([_Device(kind)]) is None

@@ -1,5 +1,7 @@
 """Every notebook runs from first cell to last, on simulated devices."""
 
+import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -59,6 +61,33 @@ def test_train_and_serve(tmp_path, monkeypatch):
   assert 0 < float(wasted) < 50
   loss_picture, kv_picture = _pictures(notebook)
   assert 'held-out' in loss_picture and 'tokens held' in kv_picture
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason="needs the TPU compiler: pip install 'onemesh[tpu]'",
+)
+def test_profile_a_tpu_kernel(tmp_path, monkeypatch):
+  path = _ROOT / 'notebooks' / 'profile_a_tpu_kernel.ipynb'
+  notebook = _run(path, tmp_path, monkeypatch)
+  printed = _printed(notebook)
+  assert float(re.search(r'largest error (\S+)', printed).group(1)) < 1e-3
+  # Larger blocks, a larger share of the peak, on every chip.
+  shares = [
+    [float(share) for share in re.findall(r'([\d.]+)%', line)]
+    for line in re.findall(r'.* v5e .* v5p .* v6e .*', printed)
+  ]
+  assert len(shares) == 4
+  for small, large in itertools.pairwise(shares):
+    assert all(a < b for a, b in zip(small, large, strict=True))
+  assert shares[0][0] < 10 and shares[-1][0] > 80
+  few, one_long, all_long = (
+    int(cycles.replace(',', ''))
+    for cycles in re.findall(r'\[[\d, ]+\] +([\d,]+) cycles', printed)
+  )
+  assert few + 3 * (one_long - few) < all_long < few + 5 * (one_long - few)
+  assert float(re.search(r'([\d.]+)% of the peak of', printed).group(1)) > 20
+  assert len(_pictures(notebook)) == 1
 
 
 @pytest.mark.parametrize('path', _NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,8 +1,13 @@
 """The loss of all logits without all logits, on one device and on a mesh."""
 
+import functools
 import inspect
 import re
 
+import hypothesis
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -11,8 +16,12 @@ import optax
 import pytest
 
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.linear_cross_entropy import pallas_tpu
+from pallas_kernels.linear_cross_entropy import reference
 
 _B, _T, _D, _V = 4, 64, 16, 256
+
+_reference = reference.linear_cross_entropy
 
 
 def _inputs(dtype='float32'):
@@ -62,7 +71,7 @@ def _sizes(jaxpr):
 @pytest.mark.parametrize('kwargs', [{}, dict(z_loss=1e-3, logit_soft_cap=5.0)])
 def test_no_array_of_all_logits_exists(kwargs):
   inputs = _inputs()
-  f = _loss_and_grads(chunk=8, **kwargs)
+  f = _loss_and_grads(chunk=8, implementation='xla', **kwargs)
   largest = max(_sizes(jax.make_jaxpr(f)(*inputs).jaxpr))
   assert largest <= max(_B * 8 * _V, _D * _V, _B * _T * _D)
   memory = jax.jit(f).lower(*inputs).compile().memory_analysis()
@@ -145,6 +154,106 @@ def test_inside_shard_map_the_head_gradient_is_summed():
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
   ):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'pallas_tpu'])
+def test_a_vocabulary_split_over_a_mesh_axis(implementation):
+  mesh = jax.make_mesh(
+    (2, 2),
+    ('data', 'tensor'),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    devices=jax.devices()[:4],
+  )
+  kwargs = dict(z_loss=1e-2, logit_soft_cap=5.0)
+
+  def local(*args):
+    loss, sums = linear_cross_entropy(
+      *args, **kwargs, vocab_axes=('tensor',), implementation=implementation
+    )
+    return jax.lax.psum((loss, sums), 'data')
+
+  rows = jax.P('data')
+  sharded = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(rows, jax.P(None, 'tensor'), rows, rows),
+    out_specs=jax.P(),
+  )
+  actual, expected = (
+    jax.jit(jax.value_and_grad(f, (0, 1, 3), has_aux=True))(*_inputs())
+    for f in (sharded, functools.partial(_reference, **kwargs))
+  )
+  for a, e in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=2e-5)
+
+
+@settings(max_examples=2, phases=[hypothesis.Phase.generate])
+@given(
+  num_tokens=st.integers(1, 260),
+  width=st.sampled_from([8, 130]),
+  vocab=st.integers(1, 260),
+  cap=st.sampled_from([None, 3.0]),
+)
+def test_tpu_kernels_on_shapes_that_blocks_do_not_divide(
+  num_tokens, width, vocab, cap
+):
+  keys = jax.random.split(jax.random.key(num_tokens), 4)
+  x = jax.random.normal(keys[0], (1, num_tokens, width))
+  head = jax.random.normal(keys[1], (width, vocab)) * width**-0.5
+  targets = jax.random.randint(keys[2], (1, num_tokens), 0, vocab)
+  weights = jax.random.uniform(keys[3], (1, num_tokens))
+  kwargs = dict(z_loss=1e-2, logit_soft_cap=cap)
+  small = dict(chunk=128, block_tokens=128, block_vocab=128, rows=128)
+
+  def run(f):
+    grad = jax.value_and_grad(f, (0, 1, 3), has_aux=True)
+    return jax.jit(grad)(x, head, targets, weights)
+
+  actual = run(
+    functools.partial(pallas_tpu.linear_cross_entropy, config=small, **kwargs)
+  )
+  expected = run(functools.partial(_reference, **kwargs))
+  for a, e in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_largest_logit_may_come_late_and_be_large():
+  x = jnp.ones((1, 8, 8))
+  head = jnp.zeros((8, 256)).at[:, 250].set(50.0).at[:, 3].set(-50.0)
+  targets = jnp.array([[250, 3, 0, 1, 2, 3, 250, 255]])
+  weights = jnp.ones((1, 8))
+
+  def run(f):
+    grad = jax.value_and_grad(f, (0, 1), has_aux=True)
+    return jax.jit(grad)(x, head, targets, weights)
+
+  small = dict(block_vocab=128, rows=128)
+  actual = run(functools.partial(pallas_tpu.linear_cross_entropy, config=small))
+  for a, e in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(run(_reference)), strict=True
+  ):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_tpu_kernels_keep_a_chunk_of_exponentials_only():
+  shape = jax.ShapeDtypeStruct
+  num_tokens, vocab = 1024, 2048
+  args = (
+    shape((1, num_tokens, 128), jnp.bfloat16),
+    shape((128, vocab), jnp.bfloat16),
+    shape((1, num_tokens), jnp.int32),
+    shape((1, num_tokens), jnp.float32),
+  )
+  f = _loss_and_grads(implementation='pallas_tpu', chunk=128)
+  sizes = list(_sizes(jax.make_jaxpr(f)(*args).jaxpr))
+  assert max(sizes) <= max(128 * vocab * 2, num_tokens * 128)
+  # One product in all where nothing is differentiated.
+  value = functools.partial(linear_cross_entropy, implementation='pallas_tpu')
+  assert str(jax.make_jaxpr(value)(*args)).count('pallas_call[') == 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxserve.samplers import base
-from jaxserve.samplers.truncated import keep
 from jaxserve.samplers.truncated import truncated
+from pallas_kernels.sampling import keep
 
 
 def _numpy_keep(logits, top_k, top_p, min_p):

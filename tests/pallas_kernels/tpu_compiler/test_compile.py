@@ -103,11 +103,11 @@ def test_memory_is_the_arrays_and_what_is_donated(compile_for):
   assert memory.fits(16.0)
   assert not memory.fits(2 * size / 2**30)
   compiled.check()
-  with pytest.raises(ValueError, match=r'0.02 GiB.*exceed 0.01 GiB:\n  arg'):
+  with pytest.raises(ValueError, match=r'0.02 GiB.*exceed 0.01 GiB:\n  other'):
     compiled.check(hbm_gib=0.01)
-  # Each reads two arrays, writes one and does two operations an element.
+  # It reads two arrays, writes one, and multiplies no matrices.
   assert compiled.cost.bytes_accessed == 3 * size
-  assert compiled.cost.flops == 2 * size / 4
+  assert compiled.cost.flops == 0
   assert compiled.kernels == ()
 
 
@@ -138,6 +138,48 @@ def test_sharding_divides_memory_and_adds_collectives(compile_for):
   if not collective.asynchronous:
     with pytest.raises(ValueError, match='over tensor: 2,097,152 bytes x 1'):
       compiled.check(exposed_collective_bytes=1e6)
+
+
+@_needs_libtpu
+def test_a_step_by_its_time(compile_for):
+  x, w = _bf16(1024, 4096), _bf16(4, 4096, 4096)
+
+  def layers(x, w):
+    out, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, w)
+    return out
+
+  compiled = compile_for(
+    layers,
+    x,
+    w,
+    topology='v5e:2x2',
+    mesh_axes={'fsdp': 4},
+    in_shardings=(P('fsdp'), P(None, 'fsdp')),
+    out_shardings=P('fsdp'),
+  )
+  cost, needed = compiled.cost, 2 * 4 * 1024 * 4096 * 4096
+  assert cost.flops == needed / 4
+  # Each device reads its quarter of the weights; the rest comes over the links,
+  # into VMEM or HBM.
+  assert cost.bytes_accessed >= 4 * 4096 * 4096 * 2 / 4
+  assert compiled.mfu(float(needed)) == pytest.approx(
+    needed / 4 / (cost.step_ms * 1e-3) / 197e12
+  )
+  assert cost.step_ms >= needed / 4 / 197e12 * 1e3
+  parts = cost.compute_ms + cost.copy_ms + cost.exposed_collective_ms
+  assert parts == pytest.approx(cost.step_ms)
+  total = sum(c.count * c.milliseconds for c in compiled.collectives)
+  assert 0 < cost.exposed_collective_ms <= total
+  compiled.check(exposed_collective_ms=total)
+  with pytest.raises(
+    ValueError, match=r'exposed collectives exceed 0 ms:\n.*fs'
+  ):
+    compiled.check(exposed_collective_ms=0.0)
+  sizes = compiled.memory_by_class({'[0]': 'activations', '[1]': 'parameters'})
+  assert sizes['parameters'] == 4 * 4096 * 4096 * 2 // 4
+  assert sum(sizes.values()) == compiled.memory.total
+  assert 'parameters' in compiled.report({'[1]': 'parameters'})
+  assert compiled.whole_arguments['[1]'] == 4 * 4096 * 4096 * 2
 
 
 @_needs_libtpu
@@ -326,8 +368,15 @@ def test_which_kernel(compile_for):
 
 @_needs_libtpu
 def test_the_compilers_errors_are_passed_on(compile_for):
-  with pytest.raises(tpu_compiler.CompileError, match='Ran out of memory'):
+  with pytest.raises(tpu_compiler.OutOfMemoryError, match='Ran out') as caught:
     compile_for(lambda x: x @ x, _bf16(200_000, 200_000), topology='v5e')
+  error = caught.value
+  assert error.arguments == {'[0]': 200_000**2 * 2}
+  assert 2 * 74.0 <= error.memory.total / 2**30 <= 2 * 80.0
+  assert error.limit_bytes == 15.75 * 2**30
+  sizes = error.by_class({'[0]': 'parameters'})
+  assert list(sizes) == ['parameters', 'activations and temporaries']
+  assert 'no change is enough' in error.advice({'[0]': 'parameters'})
 
   def big(x):
     def kernel(x_ref, o_ref, scratch_ref):

@@ -100,6 +100,20 @@ def test_allocations():
   }
 
 
+@pytest.mark.parametrize(
+  'text, predicate, negated',
+  [
+    ('%1 = sst [smem:[#allocation2]] (0), %s5_s3', '0', False),
+    ('%2 = dma.general (!1), %s5_s3', '1', True),
+    ('%3 = dma.general (%p7_p1), %s5_s3', 'p7_p1', False),
+  ],
+)
+def test_predicates_that_the_compiler_has_folded(text, predicate, negated):
+  instruction = listing.parse_instruction(text)
+  assert (instruction.predicate, instruction.negated) == (predicate, negated)
+  assert instruction.args[-1] == '%s5_s3'
+
+
 def test_slots():
   slots = listing.parse(
     'f',

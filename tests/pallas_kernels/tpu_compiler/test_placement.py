@@ -1,8 +1,12 @@
 """Values of operands: found in the trace, laid out in memory."""
 
+import functools
+
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
@@ -48,12 +52,40 @@ def test_known_operands_are_computed(fn):
   assert call.values[1] is None
 
 
-def test_calls_inside_loops_are_found_without_values():
+def test_what_a_loop_does_not_change_is_known_inside():
   def fn(t, x):
     return jax.lax.scan(lambda c, _: (_double(t, c), None), x, length=3)
 
   (call,) = _operands(fn, _TABLE, _TABLE)
-  assert call.values == (None, None)
+  np.testing.assert_array_equal(call.values[0], _TABLE)
+  assert call.values[1] is None  # Carried: another one in each round.
+
+
+def test_what_a_loop_hands_out_is_known():
+  def fn(t, x):
+    def layer(carry, _):
+      return carry + x, jnp.cumsum(t)
+
+    carry, stacked = jax.lax.scan(layer, x, length=3)
+    picked = jax.lax.cond(carry[0] > 0, lambda s: s[0], lambda s: s[1], stacked)
+    return _double(picked, carry)
+
+  (call,) = _operands(fn, _TABLE, _X)
+  np.testing.assert_array_equal(call.values[0], np.cumsum(_TABLE))
+  assert call.values[1] is None
+
+
+def test_a_shard_sees_its_part():
+  mesh = jax.make_mesh((2,), ('x',), axis_types=(AxisType.Auto,))
+
+  @functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=P('x'), out_specs=P('x'), check_vma=False
+  )
+  def fn(t):
+    return _double(jnp.cumsum(t), t)
+
+  (call,) = _operands(fn, np.array([3, 1, 3, 1], np.int32))
+  np.testing.assert_array_equal(call.values[0], [3, 4])
 
 
 def test_dependence_on_unknown_inputs_is_unknown():

@@ -1,0 +1,365 @@
+"""flash_attention forward for TPUs: a head's keys in VMEM, masks at the edges.
+
+Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 1, with the
+query heads of a group folded into the rows of a tile (Ainslie et al., "GQA",
+https://arxiv.org/abs/2305.13245), so that K and V are neither repeated nor read
+once per query head.
+
+A grid step holds one block of query rows and a *run* of up to 16,384 keys,
+which it visits in chunks. What a block of queries must visit is a contiguous
+range of chunks, in the middle of which no tile needs a mask. Both ranges are
+found outside, from the causal order, the window, the least and greatest
+position and segment of each block and chunk; runs outside of them are not
+fetched. In the middle each product q k^T is issued before the softmax of the
+chunk before it, so that the matrix unit and the vector unit work at once.
+Exponentials are base 2, their scale folded into q.
+
+A causal diagonal that is one of a square tile is visited as an upper quarter
+and a lower half. A tile of scores is larger than the registers: the compiler
+keeps it in VMEM, which its statistics call spills.
+
+Deviations: a bfloat16 q is rounded once more after that scaling. Positions in
+any order are correct, but only the first contiguous stretch of unmasked chunks
+is recognised, and chunks between visible ones are computed.
+
+Cost: 4 B N T S H FLOPs, about half of that if causal; float32 inputs multiply
+in full precision. HBM: q and out once, K and V once per kv head (once per block
+of queries, as far as visible, if there are several runs), 4 bytes of log-sum-
+exp per row; position and segment arrays are read as 128 lanes per query. VMEM:
+two runs of K and V, and about 4 MiB for 512 rows and 512-key chunks.
+"""
+
+from collections.abc import Mapping
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from pallas_kernels.common import chip
+from pallas_kernels.common import tuned
+from pallas_kernels.common import varying
+from pallas_kernels.common.gradient import with_gradient
+from pallas_kernels.flash_attention.forward_kernel import LANES
+from pallas_kernels.flash_attention.forward_kernel import LOG2_E
+from pallas_kernels.flash_attention.forward_kernel import Plan
+from pallas_kernels.flash_attention.forward_kernel import forward_kernel
+from pallas_kernels.flash_attention.pallas_tpu_backward import (
+  flash_attention_backward,
+)
+
+_MAX_HEAD_DIM = 256
+_MAX_ROWS = 1024
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+def flash_attention(*args, **static):
+  """See `api.flash_attention`; returns the output and the log-sum-exp."""
+
+  def forward(*args):
+    out, lse = flash_attention_forward(*args, **static)
+    return (out, lse), (*args, out, lse)
+
+  def backward(residuals, cotangents):
+    dq, dk, dv, d_sinks = flash_attention_backward(
+      *residuals, *cotangents, **static
+    )
+    return dq, dk, dv, None, None, d_sinks, None, None
+
+  return with_gradient(forward, backward, *varying.vary_alike(*args))
+
+
+def features(q, k, *_, **__) -> dict[str, Any]:
+  """What the best configuration depends on."""
+  return dict(
+    length=q.shape[1],
+    head_dim=q.shape[3],
+    group=q.shape[2] // k.shape[2],
+    dtype=q.dtype.name,
+  )
+
+
+def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
+  """Configurations worth a try."""
+  del chip_name, args, static
+  return [
+    dict(rows=rows, chunk=chunk, run=run, unroll=unroll)
+    for rows in (512, 1024)
+    for chunk in (512, 1024)
+    for run in (4096, 16384)
+    for unroll in (4, 8)
+  ]
+
+
+def flash_attention_forward(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  window: jax.Array | None,
+  sinks: jax.Array | None,
+  q_positions: jax.Array | None,
+  kv_positions: jax.Array | None,
+  *,
+  scale: float,
+  soft_cap: float | None,
+  config: Mapping[str, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output [B,T,N,H] and the float32 log-sum-exp [B,N,T].
+
+  Args:
+    q: See `api.flash_attention`, as for all arrays.
+    k: Keys.
+    v: Values.
+    segment_ids: Segments or `None`.
+    window: Int32 scalar or `None`.
+    sinks: Logits or `None`.
+    q_positions: Of the queries, or `None`.
+    kv_positions: Of the keys, or `None`.
+    scale: Factor on the logits.
+    soft_cap: Of the logits, or `None`.
+    config: `rows` of a block of queries, all heads of the group together, keys
+      of a `chunk` and of a `run`, and `unroll`, tiles in the body of the loop
+      over unmasked chunks. Shrunk to the input and to VMEM.
+
+  Raises:
+    NotImplementedError: A head dim above 256, or another dtype than float32 and
+      bfloat16.
+  """
+  if q.shape[3] > _MAX_HEAD_DIM:
+    raise NotImplementedError(f'head_dim {q.shape[3]} > {_MAX_HEAD_DIM}')
+  if not q.dtype == k.dtype == v.dtype or q.dtype.name not in (
+    'float32',
+    'bfloat16',
+  ):
+    raise NotImplementedError(f'{q.dtype=}, {k.dtype=}, {v.dtype=}')
+  plan = _plan(
+    q,
+    k,
+    config,
+    scale=scale,
+    soft_cap=soft_cap,
+    by_position=q_positions is not None or kv_positions is not None,
+    by_segment=segment_ids is not None,
+    has_window=window is not None,
+    has_sinks=sinks is not None,
+  )
+  return _pad_and_call(
+    plan, (q, k, v), segment_ids, window, sinks, q_positions, kv_positions
+  )
+
+
+def _pad_and_call(
+  plan, arrays, segment_ids, window, sinks, q_positions, kv_positions
+):
+  """Fills up to whole blocks; says what to visit; cuts back."""
+  q, k, v = arrays
+  t, s = q.shape[1], k.shape[1]
+  indices = lambda n: jnp.arange(n, dtype=jnp.int32)[None]
+  i = indices(t) if q_positions is None else q_positions
+  j = indices(s) if kv_positions is None else kv_positions
+  pad_q = -t % plan.block_q
+  pad_kv = -s % plan.chunk
+  i = _pad(i, pad_q)
+  j = jnp.pad(j, ((0, 0), (0, pad_kv)), constant_values=_NEVER)
+  q_segments = kv_segments = None
+  if segment_ids is not None:
+    q_segments, kv_segments = (_pad(segment_ids, n) for n in (pad_q, pad_kv))
+  if window is None:
+    window = jnp.int32(_NEVER)
+  if not plan.by_position:
+    window = jnp.minimum(window, t)
+  ranges = _ranges(plan, i, j, window, q_segments, kv_segments)
+  if not plan.by_position:
+    i = j = None
+  zeros = lambda x, n: jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
+  out, lse = _call(
+    plan,
+    zeros(q, pad_q),
+    zeros(k, pad_kv),
+    zeros(v, pad_kv),
+    ranges,
+    window[None],
+    sinks,
+    (i, q_segments),
+    (j, kv_segments),
+  )
+  return out[:, :t], lse[:, :, :t]
+
+
+def _plan(q, k, config, **options):
+  """Block sizes: those asked for or tuned, made to fit."""
+  tpu = chip.current()
+  if config is None:
+    config = tuned.lookup(
+      'flash_attention',
+      tpu.name,
+      features(q, k),
+      function='flash_attention_forward',
+    )
+  _, t, n, h = q.shape
+  s, itemsize = k.shape[1], q.dtype.itemsize
+  group, parts, unit = _fold(n // k.shape[2], itemsize)
+  rows = config.get('rows', 512)
+  block_q = min(max(rows // (group * unit), 1) * unit, _up(t, unit))
+  chunk = min(_up(config.get('chunk', 512), LANES), _up(s, LANES))
+  num_chunks = -(-s // chunk)
+  # Two buffers each of K and V; about a third is left to tiles.
+  fits = tpu.vmem_bytes * 5 // 8 // (4 * _up(h, LANES) * itemsize * chunk)
+  default_run = 16384 if h <= LANES else 8192
+  run_chunks = max(min(config.get('run', default_run) // chunk, fits), 1)
+  num_runs = -(-num_chunks // run_chunks)
+  run_chunks = -(-num_chunks // num_runs)
+  unroll = config.get('unroll', 8)
+  return Plan(
+    group=group,
+    parts=parts,
+    block_q=block_q,
+    chunk=chunk,
+    run_chunks=run_chunks,
+    num_runs=num_runs,
+    unroll=unroll,
+    **options,
+  )
+
+
+def _fold(group, itemsize):
+  """Heads per block of rows, such blocks per group, and the queries' unit.
+
+  Rows are a multiple of 128, and each head's a multiple of a vector tile.
+  """
+  for folded in range(group, 0, -1):
+    unit = math.lcm(32 // itemsize, LANES // math.gcd(folded, LANES))
+    if group % folded == 0 and folded * unit <= _MAX_ROWS:
+      return folded, group // folded, unit
+  raise AssertionError(group)
+
+
+def _ranges(plan, i, j, window, q_segments, kv_segments):
+  """Chunks to visit, [B or 1, blocks, 4] flattened: a <= b <= c <= d.
+
+  Those in [a, b) and [c, d) need masks, those in [b, c) do not.
+  """
+  low = lambda x, n: x.reshape(x.shape[0], -1, n).min(-1)
+  high = lambda x, n: x.reshape(x.shape[0], -1, n).max(-1)
+  q_of = lambda f, x: f(x, plan.block_q)[:, :, None]
+  kv_of = lambda f, x: f(x, plan.chunk)[:, None, :]
+  nearest = q_of(low, i) - kv_of(high, j)
+  farthest = q_of(high, i) - kv_of(low, j)
+  visible = (farthest >= 0) & (nearest < window)
+  whole = (nearest >= 0) & (farthest < window)
+  if q_segments is not None:
+    q_low, q_high = q_of(low, q_segments), q_of(high, q_segments)
+    kv_low, kv_high = kv_of(low, kv_segments), kv_of(high, kv_segments)
+    visible &= (q_low <= kv_high) & (kv_low <= q_high)
+    whole &= (q_low == kv_high) & (kv_low == q_high)
+  index = jnp.arange(visible.shape[-1], dtype=jnp.int32)
+  end = visible.shape[-1]
+  first = lambda mask: jnp.where(mask, index, end).min(-1)
+  a = first(visible)
+  d = jnp.where(visible, index + 1, 0).max(-1)
+  a = jnp.minimum(a, d)
+  b = jnp.where(whole.any(-1), first(whole), a)
+  c = first(~whole & (index >= b[..., None]))
+  return jnp.stack([a, b, c, d], axis=-1).astype(jnp.int32).reshape(-1)
+
+
+def _call(plan, q, k, v, ranges, window, sinks, q_arrays, kv_arrays):
+  """Transposes, calls the kernel, and transposes back."""
+  b, t, n, h = q.shape
+  heads, num_q = k.shape[2] * plan.parts, t // plan.block_q
+  q = q.reshape(b, t, heads, plan.group, h).transpose(0, 2, 3, 1, 4)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  stride = num_q if ranges.size > 4 * num_q else 0
+
+  def run_of(b, i, r, ranges):
+    at = 4 * (b * stride + i)
+    first = jax.lax.div(ranges[at], plan.run_chunks)
+    last = jax.lax.div(jnp.maximum(ranges[at + 3] - 1, 0), plan.run_chunks)
+    return jnp.minimum(jnp.maximum(r, first), last)
+
+  kv_spec = pl.BlockSpec(
+    (1, 1, plan.run_chunks * plan.chunk, h),
+    lambda b, h, i, r, ranges, *_: (
+      b,
+      jax.lax.div(h, plan.parts),
+      run_of(b, i, r, ranges),
+      0,
+    ),
+  )
+  q_spec = pl.BlockSpec(
+    (1, 1, plan.group, plan.block_q, h), lambda b, h, i, *_: (b, h, 0, i, 0)
+  )
+  per_tile = plan.rows // LANES
+  lse_spec = pl.BlockSpec(
+    (1, 1, 1, per_tile, LANES), lambda b, h, i, *_: (b, h, i, 0, 0)
+  )
+  info, info_specs = _info(plan, q_arrays, kv_arrays, run_of)
+  scalars = [ranges, window]
+  if plan.has_sinks:
+    scalars.append(sinks.astype(jnp.float32) * LOG2_E)
+  wide = lambda width, dtype=jnp.float32: pltpu.VMEM((plan.rows, width), dtype)
+  out, lse = pl.pallas_call(
+    functools.partial(forward_kernel, plan=plan, stride=stride),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(scalars),
+      grid=(b, heads, num_q, plan.num_runs),
+      in_specs=[q_spec, kv_spec, kv_spec, *info_specs],
+      out_specs=[q_spec, lse_spec],
+      scratch_shapes=[wide(h, q.dtype), wide(LANES), wide(LANES), wide(h)],
+    ),
+    out_shape=[
+      varying.shape(q.shape, q.dtype, q),
+      varying.shape((b, heads, num_q, per_tile, LANES), jnp.float32, q),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=chip.current().vmem_bytes,
+    ),
+    name='flash_attention_forward',
+  )(*scalars, q, k, v, *info)
+  out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+  lse = lse.reshape(b, heads, num_q, plan.group, plan.block_q)
+  return out, lse.swapaxes(2, 3).reshape(b, n, t)
+
+
+def _info(plan, q_arrays, kv_arrays, run_of):
+  """Positions and segments as operands: per query in a lane, per key a row."""
+  operands, specs = [], []
+  for x, y in zip(q_arrays, kv_arrays, strict=True):
+    if x is None:
+      continue
+    # One row may be for all of the batch.
+    of_x, of_y = (int(array.shape[0] > 1) for array in (x, y))
+    operands += [
+      jnp.broadcast_to(x[:, :, None], (*x.shape, LANES)),
+      y.reshape(y.shape[0], -1, 1, plan.chunk),
+    ]
+    specs += [
+      pl.BlockSpec(
+        (1, plan.block_q, LANES),
+        lambda b, h, i, *_, of_x=of_x: (b * of_x, i, 0),
+      ),
+      pl.BlockSpec(
+        (1, plan.run_chunks, 1, plan.chunk),
+        lambda b, h, i, r, ranges, *_, of_y=of_y: (
+          b * of_y,
+          run_of(b, i, r, ranges),
+          0,
+          0,
+        ),
+      ),
+    ]
+  return operands, specs
+
+
+def _pad(x, n):
+  """Repeats the last column, so that no range widens."""
+  return jnp.pad(x, ((0, 0), (0, n)), mode='edge')
+
+
+def _up(x, multiple):
+  return -(-x // multiple) * multiple
