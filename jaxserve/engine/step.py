@@ -53,9 +53,7 @@ class Step:
     rules = serving_rules(rules, mesh, config)
     self._shard = constrainer(mesh, rules)
     self._model = Transformer(config, dtype=dtype, shard=self._shard)
-    self._sample = split_rows(
-      samplers.get(engine.sampler)(), mesh, engine.max_num_requests
-    )
+    self._sample = split_rows(samplers.get(engine.sampler)(), mesh)
     self._make_attend = attention.get(engine.attention)
     self.replicated = named_sharding(mesh, rules)
     pool = named_sharding(mesh, rules, None, None, 'act_kv_heads', None, None)
@@ -136,20 +134,24 @@ class Step:
 
 
 def split_rows(
-  sample: sampler_base.Sampler, mesh: jax.sharding.Mesh, num_rows: int
+  sample: sampler_base.Sampler, mesh: jax.sharding.Mesh
 ) -> sampler_base.Sampler:
   """Each device draws its share of the rows, from whole vocabularies.
 
   One exchange of the logits then replaces one of counts for every step of every
-  cut-off. Rows that do not divide are drawn everywhere.
+  cut-off. Rows that do not divide, as in a small bucket, are drawn everywhere.
   """
   if mesh.size == 1:
     return sample
-  split = num_rows % mesh.size == 0
-  rows = jax.P(mesh.axis_names if split else None)
-  return jax.shard_map(
-    sample, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
-  )
+
+  def split(logits, rows):
+    divides = logits.shape[0] % mesh.size == 0
+    spec = jax.P(mesh.axis_names if divides else None)
+    return jax.shard_map(
+      sample, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )(logits, rows)
+
+  return split
 
 
 def serving_rules(

@@ -79,6 +79,7 @@ def test_generate_reads_its_checkpoint(finished):
   assert done.stdout.count('--- ') == 2 and 'def f(x):' in done.stdout
   again = _run(*args, '--simulate_devices=2', '--mesh=tensor=2')
   texts = lambda out: [s.split('\n')[1] for s in out.split('--- ')[1:]]
+  assert again.returncode == 0, again.stderr
   assert texts(again.stdout) == texts(done.stdout)
 
 

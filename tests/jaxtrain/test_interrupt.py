@@ -15,6 +15,14 @@ from jaxtrain.sharding import make_mesh
 _MESH = make_mesh('data=2,tensor=2')
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+  # A shell that starts tests with & makes them ignore this signal.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def _is_up(stop):
   step = jax.jit(with_stop(lambda state, batch: (state, {'loss': batch})))
   state, metrics = step(1.0, 2.0, stop.flags(_MESH))
