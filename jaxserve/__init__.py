@@ -9,7 +9,7 @@ __all__ = ['EngineConfig', 'LLM', 'SamplingParams']
 _HOME = {
   'EngineConfig': 'jaxserve.engine.config',
   'LLM': 'jaxserve.llm',
-  'SamplingParams': 'jaxserve.engine.request',
+  'SamplingParams': 'jaxserve.engine.sampling_params',
 }
 
 

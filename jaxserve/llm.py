@@ -9,9 +9,9 @@ from tqdm import auto as tqdm
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
-from jaxserve.engine.request import RequestOutput
-from jaxserve.engine.request import SamplingParams
+from jaxserve.engine.outputs import RequestOutput
 from jaxserve.engine.runner import Runner
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.engine.step import num_stored_heads
 from jaxserve.loading import load_model
 from jaxtrain.checkpoints.tokenizer import Tokenizer

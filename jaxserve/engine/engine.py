@@ -19,11 +19,11 @@ from jaxserve import schedulers
 from jaxserve.cache.allocator import PageAllocator
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.metrics import Metrics
+from jaxserve.engine.outputs import RequestOutput
+from jaxserve.engine.outputs import TokenLogprob
 from jaxserve.engine.request import Request
-from jaxserve.engine.request import RequestOutput
-from jaxserve.engine.request import SamplingParams
-from jaxserve.engine.request import TokenLogprob
 from jaxserve.engine.runner import Runner
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.schedulers import base
 from jaxtrain.checkpoints.tokenizer import Tokenizer
 

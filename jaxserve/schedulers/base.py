@@ -4,7 +4,7 @@ A scheduler sees requests and a budget and answers with a `Plan`. It knows
 nothing of devices, so the same function runs live and in a simulator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +20,11 @@ class Request:
     num_computed: How many of them are in the KV cache.
     num_pages: Pages it holds.
     is_running: Whether it holds a row of the batch (and may hold pages).
+    prompt: Token ids of the prompt.
+    max_tokens: Tokens it may generate.
+    priority: Larger runs earlier.
+    client: Whose it is, for fair shares.
+    arrival_s: When it was submitted, on the clock of `Budget.now_s`.
   """
 
   id: int
@@ -28,6 +33,16 @@ class Request:
   num_computed: int = 0
   num_pages: int = 0
   is_running: bool = False
+  prompt: Sequence[int] = ()
+  max_tokens: int = 1
+  priority: int = 0
+  client: str = ''
+  arrival_s: float = 0.0
+
+  @property
+  def num_generated(self) -> int:
+    """Tokens past the prompt, known or about to be."""
+    return self.num_tokens - len(self.prompt)
 
   @property
   def remaining(self) -> int:
@@ -46,14 +61,19 @@ class Budget:
   Attributes:
     max_tokens: Tokens the step may compute.
     max_requests: Rows of the batch.
-    free_pages: Pages nobody holds.
+    free_pages: Pages nobody holds, cached ones that may be evicted included.
     page_size: Tokens of a page.
+    now_s: The time, in seconds, on the engine's clock.
+    num_cached: Of a waiting request, how many tokens of its prompt are in the
+      prefix cache now.
   """
 
   max_tokens: int
   max_requests: int
   free_pages: int
   page_size: int
+  now_s: float = 0.0
+  num_cached: Callable[[Request], int] = lambda request: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +81,12 @@ class Plan:
   """What to do in the next step.
 
   Attributes:
-    run: Request id -> number of its tokens to compute.
+    run: Request id -> number of its tokens to compute, at most. A waiting
+      request whose prompt is partly cached starts behind what is cached, and a
+      request that finds no room after all waits for the next step.
     preempt: Requests to stop now; their pages are freed before `run` takes
-      new ones, and they will be computed again from the start.
+      new ones. Whether they are computed again or their pages swapped to the
+      host is the engine's choice.
   """
 
   run: dict[int, int]

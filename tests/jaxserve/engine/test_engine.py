@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxserve.engine.config import EngineConfig
-from jaxserve.engine.request import SamplingParams
+from jaxserve.engine.sampling_params import SamplingParams
 from jaxtrain.checkpoints.tokenizer import ByteTokenizer
 
 _GREEDY = SamplingParams(max_tokens=10, temperature=0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import pytest
 
 from jaxserve.engine.config import EngineConfig
-from jaxserve.engine.request import SamplingParams
+from jaxserve.engine.sampling_params import SamplingParams
 
 _MAX_NEW = 12
 # Prompt length, new tokens, and the engine step at which it arrives.
