@@ -36,6 +36,7 @@ class Metrics:
   num_generated: int = 0
   num_finished: int = 0
   num_preemptions: int = 0
+  num_failed_steps: int = 0
   steps: list[Step] = dataclasses.field(default_factory=list)
   _start_s: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -47,7 +48,7 @@ class Metrics:
     num_running: int,
     num_waiting: int,
     pages_in_use: int,
-    cached_tokens: int,
+    wasted_slots: int,
     page_size: int,
   ) -> None:
     """Adds a step to the trace."""
@@ -59,8 +60,8 @@ class Metrics:
         num_running,
         num_waiting,
         pages_in_use,
-        cached_tokens,
-        pages_in_use * page_size - cached_tokens,
+        pages_in_use * page_size - wasted_slots,
+        wasted_slots,
       )
     )
 

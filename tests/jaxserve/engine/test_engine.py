@@ -40,7 +40,7 @@ def test_refuses_what_it_cannot_run(engine, tiny, small_engine, small_runner):
     engine.add_request([1], dataclasses.replace(_GREEDY, logprobs=9))
   small = tiny.engine(small_runner, small_engine, num_pages=5)
   small.add_request([1] * 11, _GREEDY)  # 20 slots: just fits.
-  with pytest.raises(ValueError, match='request 1 can never fit.* 6 pages'):
+  with pytest.raises(ValueError, match='request 1: it can never fit.* 6 pages'):
     small.add_request([1] * 12, _GREEDY)
   with pytest.raises(ValueError, match='needs a tokenizer'):
     small.add_request('text', _GREEDY)
@@ -113,9 +113,10 @@ def test_stop_text_may_span_tokens(tiny, small_engine, small_runner):
   tokenizer = _Letters()
   prompt = list(b'stop me')
   text = tokenizer.decode(tiny.greedy(prompt, 10))
-  engine = tiny.engine(small_runner, small_engine, tokenizer=tokenizer)
   # The incremental decoder knows bytes; go through the general path.
-  engine._tokenizer = _General(tokenizer)
+  engine = tiny.engine(
+    small_runner, small_engine, tokenizer=_General(tokenizer)
+  )
   stop = text[3:6]
   params = dataclasses.replace(_GREEDY, stop=('never there', stop))
   [out] = _run(engine, [prompt], params)
@@ -191,7 +192,7 @@ def test_abort_frees_everything(engine):
     done |= {out.request_id: out for out in engine.step()}
   assert done[first].outputs[0].finish_reason == 'abort'
   assert done[second].outputs[0].finish_reason == 'length'
-  assert engine._allocator.num_used == 0
+  assert engine.num_held_pages == 0
   assert len(engine._free_rows) == 4
 
 
@@ -207,7 +208,7 @@ def test_forgotten_requests_leave_nothing(engine, tiny):
     done += engine.step()
   assert [out.request_id for out in done] == [other]
   assert done[0].outputs[0].token_ids == tiny.greedy([7, 7, 7], 10)
-  assert engine._allocator.num_used == 0
+  assert engine.num_held_pages == 0
 
 
 def test_nothing_compiles_after_warm_up(engine, small_runner):
