@@ -1,6 +1,7 @@
 """The face of serving: `LLM(model).generate(prompts)`."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ from tqdm import auto as tqdm
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.outputs import Delta
 from jaxserve.engine.outputs import RequestOutput
 from jaxserve.engine.runner import Runner
 from jaxserve.engine.sampling_params import SamplingParams
@@ -20,6 +22,9 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import make_mesh
+
+
+Message = Mapping[str, Any]
 
 
 class LLM:
@@ -120,11 +125,7 @@ class LLM:
       ValueError: A prompt that `Engine.add_request` refuses (then none runs),
         or as many params as prompts were not given.
     """
-    prompts = _as_list(prompts)
-    if isinstance(params, SamplingParams):
-      params = [params] * len(prompts)
-    if len(params) != len(prompts):
-      raise ValueError(f'{len(params)} params for {len(prompts)} prompts')
+    prompts, params = _paired(prompts, params)
     ids = []
     try:
       for prompt, p in zip(prompts, params, strict=True):
@@ -135,6 +136,72 @@ class LLM:
       self.engine.forget(ids)
       raise
     return [outputs[i] for i in ids]
+
+  def chat(
+    self,
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+    *,
+    show_progress: bool = True,
+  ) -> list[RequestOutput]:
+    """Answers conversations, put into text by the model's chat template.
+
+    Args:
+      messages: A conversation, `[{'role': 'user', 'content': 'Hi'}]`, or
+        several.
+      params: As for `generate`.
+      show_progress: As for `generate`.
+
+    Returns:
+      One output per conversation.
+
+    Raises:
+      ValueError: The model has no chat template, or it refuses the messages.
+    """
+    if self.chat_template is None:
+      raise ValueError('the model has no chat template; give LLM(chat_template=)')
+    many = messages if isinstance(messages[0], Sequence) else [messages]
+    prompts = [self.chat_template.token_ids(m) for m in many]
+    return self.generate(prompts, params, show_progress=show_progress)
+
+  def stream(
+    self,
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+  ) -> Iterator[Delta]:
+    """Continues every prompt, and yields tokens and text as they come.
+
+    >>> for delta in llm.stream('To be, or'):
+    ...   print(delta.text, end='', flush=True)
+
+    Args:
+      prompts: As for `generate`; deltas of several prompts come mixed.
+      params: As for `generate`.
+
+    Yields:
+      What a step added to one continuation; the last one of a request has its
+      whole output. Requests end when the iterator is closed.
+
+    Raises:
+      ValueError: As for `generate`.
+    """
+    prompts, params = _paired(prompts, params)
+    ids, deltas = [], collections.deque()
+    try:
+      for prompt, p in zip(prompts, params, strict=True):
+        ids.append(self.engine.add_request(prompt, p, sink=deltas.append))
+      num_left = len(ids)
+      while num_left:
+        self.engine.step()
+        while deltas:
+          num_left -= deltas[0].output is not None
+          yield deltas.popleft()
+    finally:
+      self.engine.forget(ids)
+
+  def update_params(self, params: Any) -> None:
+    """Serves other parameters of the same layout, in place; see `Engine`."""
+    self.engine.update_params(params)
 
   def close(self) -> None:
     """Frees the pages. Parameters go when nothing else holds them."""
@@ -157,13 +224,22 @@ class LLM:
           if out.request_id not in wanted:
             continue
           outputs[out.request_id] = out
-          num_tokens += len(out.outputs[0].token_ids)
+          num_tokens += sum(len(c.token_ids) for c in out.outputs)
           bar.update()
           elapsed = bar.format_dict['elapsed'] or 1e-9
           bar.set_postfix_str(
             f'{num_tokens / elapsed:.0f} tokens/s', refresh=False
           )
     return outputs
+
+
+def _paired(prompts, params):
+  prompts = _as_list(prompts)
+  if isinstance(params, SamplingParams):
+    params = [params] * len(prompts)
+  if len(params) != len(prompts):
+    raise ValueError(f'{len(params)} params for {len(prompts)} prompts')
+  return prompts, params
 
 
 def _as_list(prompts):

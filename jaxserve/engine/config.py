@@ -5,6 +5,8 @@ import dataclasses
 import types
 from typing import Any
 
+_PREEMPTION = ('auto', 'recompute', 'swap')
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -29,6 +31,20 @@ class EngineConfig:
     max_logprobs: Largest `SamplingParams.logprobs` that will be asked for.
     seed: Seeds the requests that bring no seed of their own.
     kv_dtype: Dtype of the pages; `None` is the compute dtype.
+    prefix_cache: Keep the pages of what was computed, and find them by prefix.
+    prefix_score: Name of a function of `jaxserve.cache.scores`: which cached
+      page is given up first.
+    preemption: 'recompute', 'swap' (to host memory), or 'auto': whichever is
+      expected to be faster.
+    host_cache_bytes: Host memory for swapped and evicted pages; 0 keeps none.
+    max_logit_bias: Largest number of tokens in `SamplingParams.logit_bias`.
+    taps: Hidden states that requests may ask for, such as 'layers.3.output'.
+    decode_steps: Steps that run in one call when all that runs is decoding.
+    constraints: Name of a file in `jaxserve/constraints`.
+    background_compile: Serve as soon as one program is compiled, and compile
+      the others meanwhile.
+    strict_compile: A compilation after the start is an error.
+    compilation_cache: Folder of compiled programs that outlive the process.
   """
 
   max_num_requests: int = 32
@@ -47,18 +63,40 @@ class EngineConfig:
   max_logprobs: int = 5
   seed: int = 0
   kv_dtype: Any = None
+  prefix_cache: bool = True
+  prefix_score: str = 'lru'
+  preemption: str = 'auto'
+  host_cache_bytes: int = 0
+  max_logit_bias: int = 32
+  taps: tuple[str, ...] = ()
+  decode_steps: int = 1
+  constraints: str = 'llguidance'
+  background_compile: bool = False
+  strict_compile: bool = False
+  compilation_cache: str | None = None
 
   def __post_init__(self):
-    for (
-      name
-    ) in 'max_num_requests page_size max_step_tokens cache_bytes'.split():
+    for name in (
+      'max_num_requests',
+      'page_size',
+      'max_step_tokens',
+      'cache_bytes',
+      'decode_steps',
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
     for name in ('max_seq_len', 'num_pages'):
       if getattr(self, name) is not None and getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-    if self.max_logprobs < 0:
-      raise ValueError(f'max_logprobs={self.max_logprobs} must not be negative')
+    for name in ('max_logprobs', 'host_cache_bytes', 'max_logit_bias'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name}={getattr(self, name)} must not be negative')
+    if self.preemption not in _PREEMPTION:
+      raise ValueError(
+        f'preemption={self.preemption!r} must be one of {_PREEMPTION}'
+      )
+    if self.preemption == 'swap' and not self.host_cache_bytes:
+      raise ValueError("preemption='swap' needs host_cache_bytes above 0")
     if self.max_step_tokens < self.max_num_requests:
       raise ValueError(
         f'max_step_tokens={self.max_step_tokens} must be at least '

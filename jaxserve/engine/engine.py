@@ -18,7 +18,7 @@ from jaxserve import schedulers
 from jaxserve.engine import admission
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.filling import Filled
-from jaxserve.engine.filling import fill
+from jaxserve.engine.filling import Filler
 from jaxserve.engine.memory import Memory
 from jaxserve.engine.metrics import Metrics
 from jaxserve.engine.outputs import RequestOutput
@@ -75,6 +75,7 @@ class Engine:
       tokenizer=tokenizer,
     )
     self._memory = Memory(runner, config, num_pages)
+    self._filler = Filler(runner, config)
     self._schedule = schedulers.get(config.scheduler)(
       **dict(config.scheduler_kwargs)
     )
@@ -192,7 +193,7 @@ class Engine:
     if not scheduled:
       return None
     self._memory.flush()
-    filled = fill(self._runner, self._config, scheduled)
+    filled = self._filler.fill(scheduled)
     try:
       result = self._runner.run(filled.layout, filled.buffer)
     except Exception as e:
@@ -235,6 +236,7 @@ class Engine:
         continue
       if c.row is None:
         c.row = self._free_rows.pop()
+        self._filler.enter(c)
       scheduled.append((c, count))
     return scheduled
 
