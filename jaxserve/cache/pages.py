@@ -3,7 +3,8 @@
 Kwon et al., "Efficient Memory Management for Large Language Model Serving with
 PagedAttention", https://arxiv.org/abs/2309.06180, section 4.2.
 
-Letters: L layers, P pages, Z page size, K kv heads, H head dim, T tokens.
+Letters: L layers, P pages, Z page size, K kv heads, H head dim, T tokens, C
+pages copied at once.
 """
 
 import dataclasses
@@ -63,3 +64,25 @@ def write(
   """
   k_pages, v_pages, _, _ = kv_update(pages.k, pages.v, layer, slot, k, v)
   return Pages(k_pages, v_pages)
+
+
+def copy(
+  pages: Pages, source: Int[Array, 'C'], target: Int[Array, 'C']
+) -> Pages:
+  """Copies whole pages, of all layers; targets past the pool are dropped.
+
+  All are read before any is written.
+  """
+  return put(pages, target, take(pages, source))
+
+
+def take(pages: Pages, which: Int[Array, 'C']) -> Pages:
+  """Whole pages, as a pool of their own."""
+  return jax.tree.map(lambda x: x[:, which], pages)
+
+
+def put(pages: Pages, which: Int[Array, 'C'], new: Pages) -> Pages:
+  """Replaces whole pages; those past the pool are dropped."""
+  return jax.tree.map(
+    lambda x, y: x.at[:, which].set(y, mode='drop'), pages, new
+  )

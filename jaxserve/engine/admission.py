@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import time
 
 from jaxserve.engine.config import EngineConfig
+from jaxserve.engine.features import features_of
 from jaxserve.engine.request import Continuation
 from jaxserve.engine.request import Request
 from jaxserve.engine.request import Sink
@@ -79,6 +80,9 @@ class Admission:
     # Consecutive numbers of one engine seed give unrelated 32-bit seeds.
     own = self._config.seed * 0x9E3779B1 + request.id * 0x85EBCA6B
     seed = own if params.seed is None else params.seed
+    features = features_of(
+      params, sorted(stop_ids), self._vocab_size, has_grammar=False
+    )
     for index in range(params.n):
       request.continuations.append(
         Continuation(
@@ -89,6 +93,7 @@ class Admission:
           max_tokens=self._max_tokens(len(request.prompt_ids), params),
           seed=seed_of(seed, index),
           stop_ids=frozenset(stop_ids),
+          features=features,
           tokenizer=self._tokenizer,
         )
       )
@@ -121,6 +126,24 @@ class Admission:
           f'{name}={getattr(params, name)} is above '
           f'max_logprobs={self._num_logprobs} of the engine'
         )
+    if len(params.logit_bias) > self._config.max_logit_bias:
+      raise ValueError(
+        f'logit_bias of {len(params.logit_bias)} tokens is above '
+        f'max_logit_bias={self._config.max_logit_bias} of the engine'
+      )
+    for name in (
+      'logit_bias',
+      'allowed_token_ids',
+      'bad_token_ids',
+      'stop_token_ids',
+    ):
+      self._check_ids(getattr(params, name) or (), name)
+    unknown = [name for name in params.taps if name not in self._config.taps]
+    if unknown:
+      raise ValueError(
+        f'taps {unknown} are not among the taps of the engine, '
+        f'{list(self._config.taps)}'
+      )
     if params.stop and self._tokenizer is None:
       raise ValueError('stop texts need a tokenizer')
     self._max_tokens(prompt_len, params)

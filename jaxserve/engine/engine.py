@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from jaxserve import schedulers
+from jaxserve.cache.prefix import Stats
 from jaxserve.engine import admission
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.filling import Filled
@@ -22,7 +23,7 @@ from jaxserve.engine.filling import Filler
 from jaxserve.engine.memory import Memory
 from jaxserve.engine.metrics import Metrics
 from jaxserve.engine.outputs import RequestOutput
-from jaxserve.engine.outputs import TokenLogprob
+from jaxserve.engine.outputs import logprobs_of_row
 from jaxserve.engine.request import Continuation
 from jaxserve.engine.request import Request
 from jaxserve.engine.request import Sink
@@ -38,6 +39,7 @@ class _InFlight:
 
   result: Any
   filled: Filled
+  sent_s: float
 
 
 class Engine:
@@ -85,6 +87,7 @@ class Engine:
     self._in_flight: _InFlight | None = None
     self._next_id = 0
     self._next_uid = 0
+    self._read_s = 0.0
     self.metrics = Metrics()
 
   @property
@@ -96,6 +99,12 @@ class Engine:
   def num_held_pages(self) -> int:
     """Pages that requests hold; what only the prefix cache holds is free."""
     return self._memory.num_held
+
+  @property
+  def prefix_stats(self) -> Stats:
+    """What the prefix cache was good for; all zero without one."""
+    cache = self._memory.prefix
+    return Stats() if cache is None else cache.stats
 
   def add_request(
     self,
@@ -173,9 +182,12 @@ class Engine:
     Returns:
       The requests that finished.
     """
-    previous, self._in_flight = self._in_flight, self._dispatch()
+    previous, self._in_flight = self._in_flight, None
+    num_failed = self.metrics.num_failed_steps
+    self._in_flight = self._dispatch()
     touched = [] if previous is None else self._commit(previous)
-    if self._in_flight is None and previous is None:
+    has_failed = self.metrics.num_failed_steps > num_failed
+    if self._in_flight is None and previous is None and not has_failed:
       if stuck := [c for c in self._continuations.values() if c.is_live]:
         raise RuntimeError(
           f'the scheduler {self._config.scheduler!r} runs none of the waiting '
@@ -192,21 +204,22 @@ class Engine:
     scheduled = self._place(self._plan(live))
     if not scheduled:
       return None
-    self._memory.flush()
-    filled = self._filler.fill(scheduled)
     try:
+      self._memory.flush()
+      self._set_masks(scheduled)
+      filled = self._filler.fill(scheduled)
       result = self._runner.run(filled.layout, filled.buffer)
     except Exception as e:
       self._fail_step(scheduled, e)
       return None
-    for c, count in scheduled:
+    for c, count in filled.scheduled:
       c.num_computed += count
-    for c in filled.sampling:
-      c.num_pending += 1
-    for c, _ in scheduled:
+    for c, target in zip(filled.sampling, filled.targets, strict=True):
+      c.num_pending += target < 0
+    for c, _ in filled.scheduled:
       self._memory.publish(c)
-    self._record(filled.layout, scheduled)
-    return _InFlight(result, filled)
+    self._record(filled)
+    return _InFlight(result, filled, time.perf_counter())
 
   def _plan(self, live):
     # Rows of requests whose last token has not been read yet.
@@ -240,8 +253,8 @@ class Engine:
       scheduled.append((c, count))
     return scheduled
 
-  def _release(self, c):
-    self._memory.release(c)
+  def _release(self, c, keep=True):
+    self._memory.release(c, keep and c.finish_reason != 'error')
     if c.row is not None:
       self._free_rows.append(c.row)
       c.row = None
@@ -252,39 +265,93 @@ class Engine:
     c.row = None
     c.num_preemptions += 1
     self.metrics.num_preemptions += 1
+    self.metrics.num_swapped = self._memory.num_swapped
+
+  def _set_masks(self, scheduled):
+    """Tells the device which tokens the grammars allow next."""
+    rows, masks = [], []
+    for c, count in scheduled:
+      if c.matcher is not None and c.num_computed + count == c.num_tokens:
+        mask = c.matcher.mask()
+        if c.features.mask is not None:
+          mask = mask & c.features.mask
+        rows.append(c.row)
+        masks.append(mask)
+    if rows:
+      self._runner.set_masks(rows, masks)
 
   def _fail_step(self, scheduled, error):
+    """Ends whom a failed step ran; everybody else is computed again.
+
+    What the failed step was to leave in the pool, and what was dispatched on
+    top of it, is lost: the pool starts anew.
+    """
     for c, _ in scheduled:
-      c.fail(f'{type(error).__name__}: {error}')
+      if c.finish_reason is None:
+        c.fail(f'{type(error).__name__}: {error}')
+    later, self._in_flight = self._in_flight, None
+    if later is not None:
+      filled = later.filled
+      for c, target in zip(filled.sampling, filled.targets, strict=True):
+        c.num_pending -= target < 0
+        c.num_looked_up -= target >= 0
+    for c in self._continuations.values():
+      if not c.is_swapped:
+        self._release(c, keep=False)
+        c.num_computed = 0
+    self._memory.forget_all()
+    self._runner.reset()
     self.metrics.num_failed_steps += 1
 
   def _commit(self, step: _InFlight) -> list[Continuation]:
     """Reads a step's tokens and gives them to their continuations."""
-    sampling = step.filled.sampling
-    if not sampling:
+    filled = step.filled
+    if not filled.sampling:
       return []
-    tokens, logprobs, top_ids, top_logprobs = step.result.read()
+    try:
+      sampled = step.result.read()
+    except Exception as e:
+      self._fail_step(filled.scheduled, e)
+      return []
     now = time.perf_counter()
-    for u, c in enumerate(sampling):
-      c.num_pending -= 1
+    self._time_prefill(step, now)
+    for u, (c, target) in enumerate(
+      zip(filled.sampling, filled.targets, strict=True)
+    ):
+      c.num_pending -= target < 0
       if c.finish_reason is not None:
         continue  # Ended by the token before this one.
-      if c.request.first_token_s is None:
-        c.request.first_token_s = now
-      logprob = None
-      if (n := c.params.logprobs) is not None:
-        logprob = TokenLogprob(
-          int(tokens[u]),
-          float(logprobs[u]),
-          tuple(
-            zip(
-              top_ids[u, :n].tolist(), top_logprobs[u, :n].tolist(), strict=True
-            )
-          ),
-        )
-      c.append(int(tokens[u]), logprob)
-      self.metrics.num_generated += 1
-    return sampling
+      if not sampled.is_finite[u]:
+        self._poison(c)
+      elif target >= 0:
+        n = c.params.prompt_logprobs
+        c.request.prompt_logprobs.append(logprobs_of_row(sampled, u, target, n))
+      else:
+        self._append(c, sampled, u, now)
+    return filled.sampling
+
+  def _time_prefill(self, step, now):
+    """Learns how fast prompts are computed, from steps that compute some."""
+    since, self._read_s = max(step.sent_s, self._read_s), now
+    num_tokens = sum(count for _, count in step.filled.scheduled)
+    if num_tokens > len(step.filled.sampling):
+      self._memory.costs.prefill.observe(num_tokens, now - since)
+
+  def _append(self, c, sampled, u, now):
+    token = int(sampled.tokens[u])
+    if c.request.first_token_s is None:
+      c.request.first_token_s = now
+    n = c.params.logprobs
+    c.append(
+      token, None if n is None else logprobs_of_row(sampled, u, token, n)
+    )
+    self.metrics.num_generated += 1
+
+  def _poison(self, c):
+    """Ends one request alone, and cleans the pages it may have spoilt."""
+    c.fail('the logits are not finite (NaN, or every token masked)')
+    self._memory.scrub(c)
+    self.metrics.num_poisoned += 1
 
   def _collect(self, touched):
     """Sends what is new; releases and returns what has finished.
@@ -307,13 +374,13 @@ class Engine:
     self.metrics.num_finished += len(done)
     return done
 
-  def _record(self, layout, scheduled):
+  def _record(self, filled):
     running = [c for c in self._continuations.values() if c.row is not None]
     page_size = self._config.page_size
     wasted = sum(len(c.pages) * page_size - c.num_computed for c in running)
     self.metrics.record_step(
-      num_tokens=sum(count for _, count in scheduled),
-      bucket=layout.num_tokens,
+      num_tokens=sum(count for _, count in filled.scheduled),
+      bucket=filled.layout.num_tokens,
       num_running=len(running),
       num_waiting=len(self._continuations) - len(running),
       pages_in_use=self._memory.num_held,

@@ -23,12 +23,16 @@ class Filled:
   Attributes:
     layout: Which program.
     buffer: Its input.
-    sampling: Per sampled row, whose token it is.
+    scheduled: Whom it runs, and how many tokens of each.
+    sampling: Per row of logits, whose they are.
+    targets: Per row of logits, the prompt token to look up, or -1 to sample.
   """
 
   layout: Layout
   buffer: np.ndarray
+  scheduled: list[tuple[Continuation, int]]
   sampling: list[Continuation]
+  targets: list[int]
 
 
 class Filler:
@@ -55,6 +59,13 @@ class Filler:
         ('top_p', np.float32),
         ('min_p', np.float32),
         ('num_logprobs', np.int32),
+        ('wants_processed', np.int32),
+        ('prompt_len', np.int32),
+        ('features', np.int32),
+        ('min_position', np.int32),
+        ('presence_penalty', np.float32),
+        ('frequency_penalty', np.float32),
+        ('repetition_penalty', np.float32),
       )
     }
 
@@ -69,13 +80,33 @@ class Filler:
       top_p=p.top_p,
       min_p=p.min_p,
       num_logprobs=-1 if p.logprobs is None else p.logprobs,
+      wants_processed=p.processed_logprobs,
+      prompt_len=c.prompt_len,
+      features=c.features.bits,
+      min_position=c.prompt_len + p.min_tokens,
+      presence_penalty=p.presence_penalty,
+      frequency_penalty=p.frequency_penalty,
+      repetition_penalty=p.repetition_penalty,
     )
     for name, value in values.items():
       self._sampling[name][c.row] = value
+    if c.features.bits:
+      self._runner.set_row(
+        c.row,
+        tokens=c.tokens,
+        bias_ids=list(c.features.bias),
+        bias=list(c.features.bias.values()),
+        stop_ids=c.features.stop_ids,
+        mask=c.features.mask,
+      )
 
   def fill(self, scheduled: Sequence[tuple[Continuation, int]]) -> Filled:
-    """The step that computes the next tokens of each, in rows of the batch."""
-    scheduled = sorted(scheduled, key=lambda item: item[0].row)
+    """The step that computes the next tokens of each, in rows of the batch.
+
+    Prompts whose tokens are looked up advance by as many tokens as there are
+    rows of logits to spare.
+    """
+    scheduled = self._limit_lookups(sorted(scheduled, key=_row))
     rows = np.array([c.row for c, _ in scheduled])
     counts = np.array([count for _, count in scheduled])
     first = np.array([c.num_computed for c, _ in scheduled])
@@ -96,18 +127,38 @@ class Filler:
     f['kv_len'][rows] = first + counts
     f['query_start'][rows + 1] = counts
     np.cumsum(f['query_start'], out=f['query_start'])
-    sampling, sampled = [], []
     f['tokens'][:total] = -1
-    for i, (c, count) in enumerate(scheduled):
+    sampling, index = [], []
+    for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
       last = c.num_computed + count
       known = c.tokens[c.num_computed : last]
       if known:
-        f['tokens'][starts[i] : starts[i] + len(known)] = known
+        f['tokens'][start : start + len(known)] = known
       if last == c.num_tokens:
         sampling.append(c)
-        sampled.append(i)
-    self._fill_sampling(f, rows[sampled], stops[sampled] - 1)
-    return Filled(layout, buffer, sampling)
+        index.append(start + count - 1)
+    self._fill_sampling(f, sampling, index)
+    targets = [-1] * len(sampling)
+    for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
+      if _wants_lookup(c):
+        self._fill_lookups(f, c, count, start, sampling, targets)
+    return Filled(layout, buffer, scheduled, sampling, targets)
+
+  def _limit_lookups(self, scheduled):
+    if not any(_wants_lookup(c) for c, _ in scheduled):
+      return scheduled
+    spare = len(self._num_pages) - sum(
+      c.num_computed + count == c.num_tokens and not _wants_lookup(c)
+      for c, count in scheduled
+    )
+    limited = []
+    for c, count in scheduled:
+      if _wants_lookup(c):
+        count = min(count, spare)
+        spare -= count
+      if count:
+        limited.append((c, count))
+    return limited
 
   def _update_pages(self, scheduled):
     for c, _ in scheduled:
@@ -116,9 +167,35 @@ class Filler:
         self._page_table[c.row, n : len(c.pages)] = c.pages[n:]
         self._num_pages[c.row] = len(c.pages)
 
-  def _fill_sampling(self, f, rows, index):
-    n = len(rows)
+  def _fill_sampling(self, f, sampling, index):
+    n, rows = len(sampling), np.array([c.row for c in sampling], int)
     f['sample_index'][:n] = index
     f['sample_row'][:n] = rows
     for name, table in self._sampling.items():
       f[name].view(table.dtype)[:n] = table[rows]
+
+  def _fill_lookups(self, f, c, count, start, sampling, targets):
+    """Asks for the log-probability of the prompt's next tokens."""
+    first = c.num_computed
+    for position in range(first, min(first + count, c.prompt_len - 1)):
+      if position + 1 <= c.num_looked_up:
+        continue  # Known from before it was preempted.
+      u = len(sampling)
+      f['sample_index'][u] = start + position - first
+      f['target'][u] = target = c.tokens[position + 1]
+      f['num_logprobs'][u] = c.params.prompt_logprobs
+      sampling.append(c)
+      targets.append(target)
+      c.num_looked_up = position + 1
+
+
+def _row(item):
+  return item[0].row
+
+
+def _wants_lookup(c):
+  return (
+    c.params.prompt_logprobs is not None
+    and c.index == 0
+    and c.num_looked_up < c.prompt_len - 1
+  )

@@ -1,10 +1,11 @@
 """One int32 buffer for everything a step sends to the device.
 
-A step needs a dozen small arrays; one copy of one buffer costs a fraction of a
-dozen. Floats travel as their bits.
+A step needs two dozen small arrays; one copy of one buffer costs a fraction of
+as many. Floats travel as their bits.
 
-Letters: T tokens of the bucket, S rows, M pages per row, U rows that can sample
-in one step (the smaller of T and S).
+Letters: T tokens of the bucket, S rows, M pages per row, U tokens that can be
+sampled, or looked up, in one step (the smaller of T and S), E tokens that end a
+row.
 """
 
 import dataclasses
@@ -18,22 +19,66 @@ import numpy as np
 from jaxserve.attention.base import Batch
 from jaxserve.samplers.base import Rows
 
-_FLOATS = ('temperature', 'top_p', 'min_p')
+_FLOATS = (
+  'temperature',
+  'top_p',
+  'min_p',
+  'presence_penalty',
+  'frequency_penalty',
+  'repetition_penalty',
+)
+# Of `Rows`; its other fields follow from these.
+_ROWS = (
+  'top_k',
+  'seed',
+  'prompt_len',
+  'features',
+  'min_position',
+  *_FLOATS,
+)
+# What padding holds, and what a row that asks for nothing leaves alone.
+_UNUSED = dict(
+  slot=-1,
+  num_logprobs=-1,
+  target=-1,
+  stop_ids=-1,
+  top_p=1.0,
+  repetition_penalty=1.0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Where each field of a step lies in the buffer of one token bucket.
 
+  Fields that `empty` does not leave as nearly every row wants them, beside the
+  obvious: `tokens` (-1 is what the row's history has at the token's position),
+  `token_row` and `sample_row` (rows of the batch), `target` (-1 samples; else
+  the token whose log-probability is wanted, and nothing is sampled),
+  `num_logprobs` (-1 wants none), `wants_processed` (1 wants log-probabilities
+  of the distribution that is drawn from, not the model's own). With several
+  steps: `steps_left` (tokens a row may still sample) and `stop_ids`.
+
   Attributes:
     num_tokens: T.
     num_rows: S.
     pages_per_row: M.
+    num_steps: Steps of one call. With several, every row decodes: token u is
+      that of sampled row u.
+    num_stop_ids: E.
   """
 
   num_tokens: int
   num_rows: int
   pages_per_row: int
+  num_steps: int = 1
+  num_stop_ids: int = 0
+
+  @property
+  def name(self) -> str:
+    """What its program is called."""
+    steps = f' x {self.num_steps}' if self.num_steps > 1 else ''
+    return f'step {self.num_tokens}{steps}'
 
   @property
   def num_samples(self) -> int:
@@ -48,41 +93,52 @@ class Layout:
       tokens=(t,),
       positions=(t,),
       slot=(t,),
+      token_row=(t,),
       query_start=(s + 1,),
       kv_len=(s,),
       page_table=(s, self.pages_per_row),
-      token_row=(t,),
       sample_index=(u,),
       sample_row=(u,),
       num_logprobs=(u,),
-      seed=(u,),
-      top_k=(u,),
-      **{name: (u,) for name in _FLOATS},
+      target=(u,),
+      wants_processed=(u,),
+      **{name: (u,) for name in _ROWS},
     )
+    if self.num_steps > 1:
+      shapes |= dict(steps_left=(u,), stop_ids=(u, self.num_stop_ids))
     offsets, end = {}, 0
     for name, shape in shapes.items():
       offsets[name] = (end, shape)
       end += math.prod(shape)
     return offsets
 
-  @property
+  @functools.cached_property
   def size(self) -> int:
     """Length of the buffer."""
-    offset, shape = self.fields['min_p']
-    return offset + math.prod(shape)
+    return sum(math.prod(shape) for _, shape in self.fields.values())
 
   def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """A buffer of padding, and writable views of its fields."""
+    buffer = self._padding.copy()
+    return buffer, self._views(buffer)
+
+  @functools.cached_property
+  def _padding(self):
     buffer = np.zeros(self.size, np.int32)
+    views = self._views(buffer)
+    for name, value in (_UNUSED | dict(sample_row=self.num_rows)).items():
+      if name in views:
+        views[name][:] = value
+    return buffer
+
+  def _views(self, buffer):
+    floats = buffer.view(np.float32)
     views = {}
     for name, (offset, shape) in self.fields.items():
-      view = buffer[offset : offset + math.prod(shape)].reshape(shape)
-      views[name] = view.view(np.float32) if name in _FLOATS else view
-    views['slot'][:] = -1
-    views['sample_row'][:] = self.num_rows
-    views['num_logprobs'][:] = -1
-    views['top_p'][:] = 1.0
-    return buffer, views
+      base = floats if name in _FLOATS else buffer
+      view = base[offset : offset + math.prod(shape)]
+      views[name] = view.reshape(shape) if len(shape) > 1 else view
+    return views
 
   def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
     """The fields, on the device."""
@@ -94,11 +150,8 @@ class Layout:
       fields[name] = x
     return fields
 
-  def batch(self, f: dict[str, jax.Array], last_tokens: jax.Array) -> Batch:
-    """The tokens to run; -1 stands for the row's last sampled token."""
-    tokens = jnp.where(
-      f['tokens'] < 0, last_tokens[f['token_row']], f['tokens']
-    )
+  def batch(self, f: dict[str, jax.Array], tokens: jax.Array) -> Batch:
+    """What attention reads of a step that runs `tokens`."""
     return Batch(
       tokens=tokens,
       positions=f['positions'],
@@ -111,10 +164,7 @@ class Layout:
   def rows(self, f: dict[str, jax.Array]) -> Rows:
     """The sampling parameters."""
     return Rows(
-      temperature=f['temperature'],
-      top_k=f['top_k'],
-      top_p=f['top_p'],
-      min_p=f['min_p'],
-      seed=f['seed'],
+      row=f['sample_row'],
       position=f['positions'][f['sample_index']] + 1,
+      **{name: f[name] for name in _ROWS},
     )

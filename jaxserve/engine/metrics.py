@@ -31,12 +31,24 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass
 class Metrics:
-  """Counters and the trace of steps."""
+  """Counters and the trace of steps.
+
+  Attributes:
+    num_generated: Tokens sampled and kept.
+    num_finished: Requests that ended.
+    num_preemptions: Times one was stopped for want of pages.
+    num_swapped: How many of these went to the host.
+    num_failed_steps: Steps that raised.
+    num_poisoned: Continuations ended for logits that were not finite.
+    steps: One entry a step.
+  """
 
   num_generated: int = 0
   num_finished: int = 0
   num_preemptions: int = 0
+  num_swapped: int = 0
   num_failed_steps: int = 0
+  num_poisoned: int = 0
   steps: list[Step] = dataclasses.field(default_factory=list)
   _start_s: float = dataclasses.field(default_factory=time.perf_counter)
 

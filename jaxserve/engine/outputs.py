@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -95,3 +96,16 @@ class RequestOutput:
   def text(self) -> str:
     """Text of the first continuation."""
     return self.outputs[0].text
+
+
+def logprobs_of_row(
+  sampled: Any, row: int, token_id: int, num_top: int
+) -> TokenLogprob:
+  """One row of a step's `runner.Sampled`, with its `num_top` likeliest."""
+  ids = sampled.top_ids[row, :num_top].tolist()
+  values = sampled.top_logprobs[row, :num_top].tolist()
+  return TokenLogprob(
+    token_id,
+    float(sampled.logprobs[row]),
+    tuple(zip(ids, values, strict=True)),
+  )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.engine.features import Features
 from jaxserve.engine.outputs import Completion
 from jaxserve.engine.outputs import Delta
 from jaxserve.engine.outputs import RequestOutput
@@ -90,6 +91,7 @@ class Continuation:
     max_tokens: int,
     seed: int,
     stop_ids: frozenset[int],
+    features: Features,
     tokenizer: Tokenizer | None,
     matcher: Any = None,
   ):
@@ -101,13 +103,16 @@ class Continuation:
     self.max_tokens = max_tokens
     self.seed = seed
     self.stop_ids = stop_ids
+    self.features = features
     self.matcher = matcher
     self.prompt_len = len(request.prompt_ids)
     self.tokens = list(request.prompt_ids)
     self.num_pending = 0
     self.num_computed = 0
     self.num_cached = 0
-    self.num_scored = 1  # Prompt tokens whose log-probability is on its way.
+    self.num_published = 0  # Whole pages the prefix cache knows of.
+    # Prompt tokens, but the first, whose log-probability is asked for.
+    self.num_looked_up = 0
     self.num_preemptions = 0
     self.is_swapped = False
     self.pages: list[int] = []

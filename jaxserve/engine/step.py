@@ -15,14 +15,19 @@ import numpy as np
 from jaxserve import attention
 from jaxserve import samplers
 from jaxserve.cache import pages as pages_lib
+from jaxserve.engine import drawing
+from jaxserve.engine import row_state
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.layout import Layout
-from jaxserve.samplers import base as sampler_base
+from jaxserve.samplers.base import RowState
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import constrainer
 from jaxtrain.sharding import named_sharding
+
+# Enough for the end-of-text tokens of any model and some of a request's own.
+_MAX_STOP_IDS = 16
 
 
 class Step:
@@ -53,10 +58,15 @@ class Step:
     rules = serving_rules(rules, mesh, config)
     self._shard = constrainer(mesh, rules)
     self._model = Transformer(config, dtype=dtype, shard=self._shard)
-    self._sample = split_rows(samplers.get(engine.sampler)(), mesh)
+    self.num_logprobs = min(engine.max_logprobs, config.vocab_size)
+    self._draw = drawing.drawing(
+      samplers.get(engine.sampler)(), mesh, self.num_logprobs
+    )
     self._make_attend = attention.get(engine.attention)
     self.replicated = named_sharding(mesh, rules)
-    pool = named_sharding(mesh, rules, None, None, 'act_kv_heads', None, None)
+    self.pool = named_sharding(
+      mesh, rules, None, None, 'act_kv_heads', None, None
+    )
     self.allocate_pages: Callable[[], pages_lib.Pages] = functools.partial(
       pages_lib.allocate,
       config.num_layers,
@@ -65,11 +75,18 @@ class Step:
       num_stored_heads(rules, mesh, config),
       config.head_dim,
       dtype if engine.kv_dtype is None else engine.kv_dtype,
-      pool,
+      self.pool,
     )
-    self._pool = pool
-    self._num_rows = engine.max_num_requests
-    self.num_logprobs = min(engine.max_logprobs, config.vocab_size)
+    self.sizes = row_state.RowSizes(
+      engine.max_num_requests,
+      max_seq_len,
+      config.vocab_size,
+      engine.max_logit_bias,
+      _MAX_STOP_IDS,
+    )
+    self.allocate_state: Callable[[], RowState] = functools.partial(
+      row_state.allocate, self.sizes, self.replicated
+    )
     pages_per_row = -(-max_seq_len // engine.page_size)
     self.layouts = {
       t: Layout(t, engine.max_num_requests, pages_per_row)
@@ -77,81 +94,64 @@ class Step:
     }
 
   def jitted(self, layout: Layout) -> Callable[..., Any]:
-    """`step(params, pages, last_tokens, buffer)` of one bucket.
+    """`step(params, pages, state, buffer)` of one bucket.
 
-    Pages and last tokens are donated and come back first and second; the third
-    result is `StepResult.packed`.
+    Pages and row state are donated and come back first and second; the third
+    result is what `drawing.unpack` reads.
     """
     return jax.jit(functools.partial(self._run, layout), donate_argnums=(1, 2))
 
   def abstract_args(self, layout: Layout) -> tuple[Any, ...]:
     """Shapes of the arguments of `jitted` after the parameters."""
-    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    pages = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._pool),
-      jax.eval_shape(self.allocate_pages),
-    )
     return (
-      pages,
-      struct((self._num_rows,), sharding=self.replicated),
-      struct((layout.size,), sharding=self.replicated),
+      self.abstract(self.allocate_pages, self.pool),
+      self.abstract(self.allocate_state, self.replicated),
+      self.abstract(lambda: jnp.zeros(layout.size, jnp.int32), self.replicated),
     )
 
-  def _run(self, layout, params, pages, last_tokens, buffer):
+  def abstract(self, make: Callable[[], Any], sharding: Any) -> Any:
+    """Shapes of what `make` would make."""
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      jax.eval_shape(make),
+    )
+
+  def pin(self, tree: Any) -> Any:
+    """The same on every device."""
+    pin = lambda x: jax.lax.with_sharding_constraint(x, self.replicated)
+    return jax.tree.map(pin, tree)
+
+  def _run(self, layout, params, pages, state, buffer):
     fields = layout.unpack(buffer)
-    batch = layout.batch(fields, last_tokens)
-    index = fields['sample_index']
+    pages, state, _, packed = self._once(layout, params, pages, state, fields)
+    return pages, self.pin(state), self.pin(packed)
+
+  def _once(self, layout, params, pages, state, f):
+    row, positions = f['token_row'], f['positions']
+    known = f['tokens']
+    tokens = jnp.where(known < 0, state.history[row, positions], known)
+    num_rows = layout.num_rows
+    state = row_state.record(
+      state, jnp.where(f['slot'] < 0, num_rows, row), positions, tokens
+    )
+    batch = layout.batch(f, tokens)
     logits, pages = self._model.apply(
       {'params': params},
       batch.tokens[None],
       batch.positions[None],
       self._make_attend(batch, self._shard),
       pages,
-      select=lambda x: x[:, index],
+      select=lambda x: x[:, f['sample_index']],
     )
-    tokens = self._sample(logits[0], layout.rows(fields))
-    last_tokens = last_tokens.at[fields['sample_row']].set(tokens, mode='drop')
-    packed = self._pack(logits[0], tokens, fields['num_logprobs'])
-    pin = lambda x: jax.lax.with_sharding_constraint(x, self.replicated)
-    return pages, pin(last_tokens), pin(packed)
-
-  def _pack(self, logits, tokens, num_logprobs):
-    n = self.num_logprobs
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
-
-    def with_logprobs():
-      logprobs = jax.nn.log_softmax(logits, axis=-1)
-      chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
-      values, ids = jax.lax.top_k(logprobs, n)
-      return jnp.concatenate([bits(chosen), ids, bits(values)], axis=-1)
-
-    extra = jax.lax.cond(
-      jnp.any(num_logprobs >= 0),
-      with_logprobs,
-      lambda: jnp.zeros((logits.shape[0], 1 + 2 * n), jnp.int32),
+    rows = layout.rows(f)
+    wanted = drawing.Wanted(
+      f['num_logprobs'], f['target'], f['wants_processed']
     )
-    return jnp.concatenate([tokens[:, None], extra], axis=-1)
-
-
-def split_rows(
-  sample: sampler_base.Sampler, mesh: jax.sharding.Mesh
-) -> sampler_base.Sampler:
-  """Each device draws its share of the rows, from whole vocabularies.
-
-  One exchange of the logits then replaces one of counts for every step of every
-  cut-off. Rows that do not divide, as in a small bucket, are drawn everywhere.
-  """
-  if mesh.size == 1:
-    return sample
-
-  def split(logits, rows):
-    divides = logits.shape[0] % mesh.size == 0
-    spec = jax.P(mesh.axis_names if divides else None)
-    return jax.shard_map(
-      sample, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )(logits, rows)
-
-  return split
+    tokens, packed = self._draw(logits[0], rows, wanted, state)
+    # What follows a target is known, and has its place in the history.
+    row = jnp.where(f['target'] < 0, rows.row, num_rows)
+    state = row_state.record(state, row, rows.position, tokens)
+    return pages, state, tokens, packed
 
 
 def serving_rules(

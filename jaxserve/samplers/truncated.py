@@ -9,17 +9,31 @@ are settled. A row takes one random number, so nothing as large as the logits is
 drawn.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from jaxserve.samplers import base
+from jaxserve.samplers.base import Rows
+from jaxserve.samplers.base import Sampler
+from pallas_kernels.sampling import keep
 from pallas_kernels.sampling import sampling
 
 
-def truncated() -> base.Sampler:
-  """The sampler; rows of temperature 0 take the argmax."""
+def truncated() -> Sampler:
+  """The sampler."""
+  return Truncated()
 
-  def sample(logits, rows):
+
+@dataclasses.dataclass(frozen=True)
+class Truncated:
+  """Rows of temperature 0 take the first of the likeliest tokens."""
+
+  def __call__(
+    self, logits: Float[Array, 'U V'], rows: Rows
+  ) -> Int[Array, 'U']:
+    """See `base.Sampler`."""
     # All greedy, most batches need no cut.
     return jax.lax.cond(
       jnp.any(rows.temperature > 0),
@@ -34,7 +48,17 @@ def truncated() -> base.Sampler:
       lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
     )
 
-  return sample
+  def distribution(
+    self, logits: Float[Array, 'U V'], rows: Rows
+  ) -> Float[Array, 'U V']:
+    """See `base.Sampler`; rows of temperature 0 have one certain token."""
+    is_greedy = (rows.temperature <= 0)[:, None]
+    scaled = logits / jnp.where(is_greedy, 1.0, rows.temperature[:, None])
+    kept = keep(scaled, rows.top_k, rows.top_p, rows.min_p)
+    tokens = jnp.arange(logits.shape[-1])
+    best = jnp.argmax(logits, axis=-1)[:, None]
+    kept = jnp.where(is_greedy, tokens == best, kept)
+    return jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
 
 
 def _uniform(seed, position):

@@ -11,9 +11,15 @@ import pytest
 
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
+from jaxserve.engine.features import features_of
+from jaxserve.engine.request import seed_of
 from jaxserve.engine.runner import Runner
 from jaxserve.loading import fitted_rules
 from jaxserve.loading import place
+from jaxserve.samplers.base import Rows
+from jaxserve.samplers.base import RowState
+from jaxserve.samplers.processors import process
+from jaxserve.samplers.truncated import truncated
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.config import Rope
 from jaxtrain.models.transformer import Transformer
@@ -21,6 +27,12 @@ from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import make_mesh
 
 CONTEXT = 96
+
+
+@jax.jit
+def _draw(logits, rows, state):
+  rows, state = Rows(**rows), RowState(**state)
+  return truncated()(process(logits, rows, state), rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,49 @@ class Tiny:
     ids = list(prompt)
     for _ in range(count):
       ids.append(int(self.logits(ids)[-1].argmax()))
+    return tuple(ids[len(prompt) :])
+
+  def sampled(self, prompt, params, index=0):
+    """Tokens of one continuation, each drawn from a full forward."""
+    ids = list(prompt)
+    features = features_of(params, (), self.config.vocab_size, False)
+    rows = dict(
+      row=0,
+      prompt_len=len(prompt),
+      features=features.bits,
+      seed=np.uint32(seed_of(params.seed or 0, index)).view(np.int32),
+      min_position=0,
+      top_k=params.top_k,
+      **{
+        name: float(getattr(params, name))
+        for name in (
+          'temperature',
+          'top_p',
+          'min_p',
+          'presence_penalty',
+          'frequency_penalty',
+          'repetition_penalty',
+        )
+      },
+    )
+    no_mask = np.full(-(-self.config.vocab_size // 32), ~np.uint32(0))
+    for _ in range(params.max_tokens):
+      history = np.zeros((1, CONTEXT), np.int32)
+      history[0, : len(ids)] = ids
+      state = dict(
+        history=history,
+        bias_ids=np.array([[*features.bias, -1]], np.int32),
+        bias=np.array([[*features.bias.values(), 0]], np.float32),
+        stop_ids=np.full((1, 1), -1, np.int32),
+        mask=(no_mask if features.mask is None else features.mask)[None],
+      )
+      values = {k: np.array([v]) for k, v in rows.items()}
+      values |= dict(position=np.array([len(ids)]))
+      values = {
+        k: v.astype(np.float32 if v.dtype == float else np.int32)
+        for k, v in values.items()
+      }
+      ids.append(int(_draw(self.logits(ids)[-1:], values, state)[0]))
     return tuple(ids[len(prompt) :])
 
   def runner(self, engine, mesh='', num_pages=None):

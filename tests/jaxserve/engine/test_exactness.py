@@ -1,6 +1,12 @@
-"""Served greedy tokens equal recomputing the whole sequence, always."""
+"""What is served equals drawing each token from a full forward, always.
+
+So cached = uncached, chunked = whole, batched = alone, preempted (computed
+again, or swapped) = not preempted, streamed = returned, and restarted = not
+restarted: each is compared with the same tokens.
+"""
 
 import dataclasses
+import functools
 
 from hypothesis import given
 from hypothesis import settings
@@ -11,65 +17,174 @@ from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.sampling_params import SamplingParams
 
 _MAX_NEW = 12
-# Prompt length, new tokens, and the engine step at which it arrives.
-_REQUEST = st.tuples(
-  st.integers(1, 40), st.integers(1, _MAX_NEW), st.integers(0, 30)
+_GREEDY = SamplingParams(temperature=0)
+_KINDS = (
+  _GREEDY,
+  SamplingParams(temperature=1.5, seed=5),
+  SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=1, n=2),
+  SamplingParams(temperature=1.0, seed=3, frequency_penalty=1.5, min_p=0.01),
+  SamplingParams(
+    temperature=0, repetition_penalty=1.7, bad_token_ids=(7, 9), n=3
+  ),
+  SamplingParams(temperature=1.2, seed=8, logit_bias={3: 4.0, 200: -5.0}),
 )
 
 
-def _prompt(index, length):
-  return [(7 * index + 13 * i + i * i) % 256 for i in range(length)]
+@dataclasses.dataclass(frozen=True)
+class _Arrival:
+  """A request: the `shared` first tokens are those of its family."""
+
+  family: int
+  shared: int
+  own: int
+  new: int
+  step: int
+  kind: int
+
+  @property
+  def prompt(self):
+    common = [(7 * self.family + 13 * i + i * i) % 256 for i in range(40)]
+    mark = 31 * self.shared + 17 * self.own + self.family
+    own = [(mark + 11 * i) % 256 for i in range(self.own)]
+    return tuple(common[: self.shared] + own)
+
+  @property
+  def params(self):
+    return dataclasses.replace(_KINDS[self.kind], max_tokens=self.new)
+
+
+_ARRIVAL = st.builds(
+  _Arrival,
+  family=st.integers(0, 1),
+  shared=st.integers(0, 30),
+  own=st.integers(1, 12),
+  new=st.integers(1, _MAX_NEW),
+  step=st.integers(0, 30),
+  kind=st.integers(0, len(_KINDS) - 1),
+)
 
 
 def _serve(engine, arrivals):
-  """Runs requests that arrive at given steps; checks the waste bound."""
-  done, step = {}, 0
-  pending = sorted(enumerate(arrivals), key=lambda item: item[1][2])
-  index_of = {}
+  """Tokens of each arrival, and what was streamed of it."""
+  done, streamed, step, number = {}, {}, 0, {}
+  pending = sorted(enumerate(arrivals), key=lambda item: item[1].step)
+
+  def sink(delta):
+    parts = streamed.setdefault(number[delta.request_id], {})
+    parts.setdefault(delta.index, []).extend(delta.token_ids)
+
   while pending or engine.num_unfinished:
-    while pending and pending[0][1][2] <= step:
-      index, (length, count, _) = pending.pop(0)
-      params = SamplingParams(max_tokens=count, temperature=0)
-      index_of[engine.add_request(_prompt(index, length), params)] = index
+    while pending and pending[0][1].step <= step:
+      index, a = pending.pop(0)
+      request_id = engine.add_request(a.prompt, a.params, sink=sink)
+      number[request_id] = index
     for out in engine.step():
-      done[index_of[out.request_id]] = out.outputs[0].token_ids
+      done[number[out.request_id]] = [c.token_ids for c in out.outputs]
     step += 1
+    assert step < 5000
+  for index, tokens in done.items():
+    parts = streamed[index]
+    assert [tuple(parts[i]) for i in range(len(tokens))] == tokens
   return done
 
 
-def _check(tiny, engine, arrivals, page_size):
+@functools.lru_cache(maxsize=4000)
+def _expected(tiny_key, prompt, kind, new):
+  params = dataclasses.replace(_KINDS[kind], max_tokens=new)
+  model = _MODELS[tiny_key]
+  if params == dataclasses.replace(_GREEDY, max_tokens=new):
+    return [model.greedy(prompt, new)]
+  return [model.sampled(prompt, params, i) for i in range(params.n)]
+
+
+_MODELS = {}
+
+
+def _check(tiny, engine, arrivals):
+  _MODELS[id(tiny)] = tiny
   done = _serve(engine, arrivals)
   assert sorted(done) == list(range(len(arrivals)))
-  for index, (length, count, _) in enumerate(arrivals):
-    assert done[index] == tiny.greedy(_prompt(index, length), count), index
+  for index, a in enumerate(arrivals):
+    assert done[index] == _expected(id(tiny), a.prompt, a.kind, a.new), a
+  page_size = engine._config.page_size
   for s in engine.metrics.steps:
     assert 0 <= s.wasted_slots < s.num_running * page_size
+  assert engine.num_held_pages == 0
   return engine.metrics
 
 
-@settings(max_examples=25)
+@settings(max_examples=30)
 @given(
-  arrivals=st.lists(_REQUEST, min_size=1, max_size=9),
+  arrivals=st.lists(_ARRIVAL, min_size=1, max_size=9),
   chunk=st.integers(1, 24),
-  num_pages=st.integers(13, 96),
+  num_pages=st.integers(15, 96),
+  prefix_cache=st.booleans(),
+  preemption=st.sampled_from(['recompute', 'swap', 'auto']),
 )
-def test_any_arrival_chunk_and_preemption(
-  tiny, small_engine, small_runner, arrivals, chunk, num_pages
+def test_any_arrival(
+  tiny,
+  small_engine,
+  small_runner,
+  arrivals,
+  chunk,
+  num_pages,
+  prefix_cache,
+  preemption,
 ):
-  config = dataclasses.replace(small_engine, scheduler_kwargs={'chunk': chunk})
+  config = dataclasses.replace(
+    small_engine,
+    scheduler_kwargs={'chunk': chunk},
+    prefix_cache=prefix_cache,
+    preemption=preemption,
+    host_cache_bytes=1 << 20,
+  )
   engine = tiny.engine(small_runner, config, num_pages=num_pages)
-  _check(tiny, engine, arrivals, config.page_size)
+  _check(tiny, engine, arrivals)
 
 
-_BURST = [(3 * i % 37 + 1, 4 + i % 9, i // 3) for i in range(12)]
+# Families, lengths and kinds that meet every path at once.
+_BURST = [
+  _Arrival(
+    family=i % 2,
+    shared=3 * i % 29,
+    own=i % 5 + 1,
+    new=4 + i % 9,
+    step=i // 3,
+    kind=i % len(_KINDS),
+  )
+  for i in range(12)
+]
 
 
+@pytest.mark.parametrize('preemption', ['recompute', 'swap'])
+@pytest.mark.parametrize('prefix_cache', [False, True])
 def test_preemption_happens_and_changes_nothing(
+  tiny, small_engine, small_runner, preemption, prefix_cache
+):
+  config = dataclasses.replace(
+    small_engine,
+    preemption=preemption,
+    prefix_cache=prefix_cache,
+    host_cache_bytes=1 << 20,
+  )
+  engine = tiny.engine(small_runner, config, num_pages=14)
+  metrics = _check(tiny, engine, _BURST)
+  assert metrics.num_preemptions > 0
+  assert (metrics.num_swapped > 0) == (preemption == 'swap')
+
+
+def test_the_prefix_cache_is_used_and_changes_nothing(
   tiny, small_engine, small_runner
 ):
-  engine = tiny.engine(small_runner, small_engine, num_pages=14)
-  metrics = _check(tiny, engine, _BURST, small_engine.page_size)
-  assert metrics.num_preemptions > 0
+  engine = tiny.engine(small_runner, small_engine)
+  _check(tiny, engine, _BURST)
+  before = engine.prefix_stats.num_hit
+  assert before > 0
+  metrics = _check(tiny, engine, _BURST)  # Restarted: every prompt is cached.
+  assert metrics.num_preemptions == 0
+  again = engine.prefix_stats.num_hit - before
+  asked = sum(len(a.prompt) * a.params.n for a in _BURST)
+  assert again > 0.6 * asked
 
 
 @pytest.mark.parametrize('page_size', [1, 3, 16])
@@ -81,20 +196,23 @@ def test_any_page_size(tiny, page_size):
     max_step_tokens=16,
     token_buckets=(16,),
   )
-  engine = tiny.engine(tiny.runner(config), config)
-  _check(tiny, engine, _BURST, page_size)
+  _check(tiny, tiny.engine(tiny.runner(config), config), _BURST)
 
 
 # tensor=4 is more shards than kv heads; the last has a sharded MLP too.
-@pytest.mark.parametrize('mesh', ['tensor=2', 'tensor=4', 'data=2,tensor=4'])
+@pytest.mark.parametrize(
+  'mesh', ['tensor=4', 'data=2,fsdp=2,tensor=2', 'data=2,tensor=4']
+)
 def test_any_mesh(tiny, mesh):
   config = EngineConfig(
     max_num_requests=4,
     page_size=4,
-    num_pages=16,
+    num_pages=13,
     max_step_tokens=24,
     token_buckets=(24,),
+    preemption='swap',
+    host_cache_bytes=1 << 20,
   )
   engine = tiny.engine(tiny.runner(config, mesh), config)
-  metrics = _check(tiny, engine, _BURST, config.page_size)
+  metrics = _check(tiny, engine, _BURST)
   assert metrics.num_preemptions > 0
