@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from tqdm import auto as tqdm
 
+from jaxserve.chat import Message
+from jaxserve.chat import load_chat_template
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.outputs import Delta
@@ -22,9 +24,6 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import make_mesh
-
-
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -43,6 +42,7 @@ class LLM:
     rules: How parameters and heads lie on the mesh. Logical axes that do not
       divide are replicated.
     tokenizer: A tokenizer, its path, or 'byte'; found in `model` by default.
+    chat_template: A file; found in `model` by default.
     engine: Sizes of the engine.
     dtype: Compute dtype; that of the parameters by default.
     param_dtype: Parameters are converted to it as they are loaded.
@@ -59,6 +59,7 @@ class LLM:
     mesh: jax.sharding.Mesh | str = '',
     rules: ShardingRules = PRESETS['tensor_parallel'],
     tokenizer: Tokenizer | str | None = None,
+    chat_template: str | os.PathLike | None = None,
     engine: EngineConfig = EngineConfig(),
     dtype: Any = None,
     param_dtype: Any = None,
@@ -70,6 +71,11 @@ class LLM:
     if isinstance(tokenizer, str):
       tokenizer = load_tokenizer(tokenizer)
     self.tokenizer = found if tokenizer is None else tokenizer
+    if chat_template is None and not isinstance(model, Mapping):
+      chat_template = model
+    self.chat_template = chat_template and load_chat_template(
+      chat_template, self.tokenizer
+    )
     if dtype is None:
       dtype = params['embed']['embedding'].dtype
     max_seq_len = engine.max_seq_len or self.config.max_seq_len
@@ -159,8 +165,10 @@ class LLM:
       ValueError: The model has no chat template, or it refuses the messages.
     """
     if self.chat_template is None:
-      raise ValueError('the model has no chat template; give LLM(chat_template=)')
-    many = messages if isinstance(messages[0], Sequence) else [messages]
+      raise ValueError(
+        'the model has no chat template; give LLM(chat_template=)'
+      )
+    many = [messages] if isinstance(messages[0], Mapping) else messages
     prompts = [self.chat_template.token_ids(m) for m in many]
     return self.generate(prompts, params, show_progress=show_progress)
 

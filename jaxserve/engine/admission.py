@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import time
 
+from jaxserve import constraints
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.features import features_of
 from jaxserve.engine.request import Continuation
@@ -21,6 +22,7 @@ class Admission:
     max_seq_len: Longest request, in tokens.
     num_pages: Pages of the pool.
     num_logprobs: Log-probabilities a row can return.
+    max_stop_ids: Stop tokens that the device can forbid.
     vocab_size: Token ids are below it.
     tokenizer: For text; `None` works on token ids only.
   """
@@ -32,6 +34,7 @@ class Admission:
     max_seq_len: int,
     num_pages: int,
     num_logprobs: int,
+    max_stop_ids: int,
     vocab_size: int,
     tokenizer: Tokenizer | None,
   ):
@@ -39,8 +42,10 @@ class Admission:
     self._max_seq_len = max_seq_len
     self._num_pages = num_pages
     self._num_logprobs = num_logprobs
+    self._max_stop_ids = max_stop_ids
     self._vocab_size = vocab_size
     self._tokenizer = tokenizer
+    self._constraint = constraints.get(config.constraints)()
 
   def request(
     self,
@@ -80,9 +85,15 @@ class Admission:
     # Consecutive numbers of one engine seed give unrelated 32-bit seeds.
     own = self._config.seed * 0x9E3779B1 + request.id * 0x85EBCA6B
     seed = own if params.seed is None else params.seed
+    grammar = self._grammar(params)
     features = features_of(
-      params, sorted(stop_ids), self._vocab_size, has_grammar=False
+      params, sorted(stop_ids), self._vocab_size, grammar is not None
     )
+    if len(features.stop_ids) > self._max_stop_ids:
+      raise ValueError(
+        f'min_tokens with {len(features.stop_ids)} stop tokens; at most '
+        f'{self._max_stop_ids} are possible'
+      )
     for index in range(params.n):
       request.continuations.append(
         Continuation(
@@ -95,9 +106,22 @@ class Admission:
           stop_ids=frozenset(stop_ids),
           features=features,
           tokenizer=self._tokenizer,
+          matcher=None if grammar is None else grammar.start(),
         )
       )
     return request.continuations
+
+  def _grammar(self, params):
+    if params.json_schema is None and params.regex is None:
+      return None
+    if self._tokenizer is None:
+      raise ValueError('json_schema and regex need a tokenizer')
+    return self._constraint.compile(
+      self._tokenizer,
+      self._vocab_size,
+      json_schema=params.json_schema,
+      regex=params.regex,
+    )
 
   def _encode(self, prompt):
     if isinstance(prompt, str):

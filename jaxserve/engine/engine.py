@@ -14,6 +14,8 @@ import dataclasses
 import time
 from typing import Any
 
+import numpy as np
+
 from jaxserve import schedulers
 from jaxserve.cache.prefix import Stats
 from jaxserve.engine import admission
@@ -73,6 +75,7 @@ class Engine:
       max_seq_len=max_seq_len,
       num_pages=num_pages,
       num_logprobs=runner.num_logprobs,
+      max_stop_ids=runner.sizes.max_stop_ids,
       vocab_size=vocab_size,
       tokenizer=tokenizer,
     )
@@ -275,10 +278,12 @@ class Engine:
         mask = c.matcher.mask()
         if c.features.mask is not None:
           mask = mask & c.features.mask
+        if not mask.any():
+          c.fail(c.matcher.error or 'no token is allowed to come next')
         rows.append(c.row)
         masks.append(mask)
     if rows:
-      self._runner.set_masks(rows, masks)
+      self._runner.set_masks(rows, np.stack(masks))
 
   def _fail_step(self, scheduled, error):
     """Ends whom a failed step ran; everybody else is computed again.

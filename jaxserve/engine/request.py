@@ -6,10 +6,11 @@ is a request of its own.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from jaxserve.cache.keys import Keys
+from jaxserve.constraints.base import Matcher
 from jaxserve.engine.features import Features
 from jaxserve.engine.outputs import Completion
 from jaxserve.engine.outputs import Delta
@@ -86,14 +87,14 @@ class Continuation:
     uid: int,
     index: int,
     request: Request,
-    keys: Any,
+    keys: Keys | None,
     *,
     max_tokens: int,
     seed: int,
     stop_ids: frozenset[int],
     features: Features,
     tokenizer: Tokenizer | None,
-    matcher: Any = None,
+    matcher: Matcher | None,
   ):
     self.id = uid
     self.index = index

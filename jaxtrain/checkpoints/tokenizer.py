@@ -126,6 +126,10 @@ class HFTokenizer:
     """Text of `ids`; special and unknown ids leave none."""
     return self._tokenizer.decode([int(i) for i in ids if i >= 0])
 
+  def to_json(self) -> str:
+    """The text of its `tokenizer.json`."""
+    return self._tokenizer.to_str()
+
   def __repr__(self) -> str:
     return f'HFTokenizer(vocab_size={self.vocab_size})'
 
