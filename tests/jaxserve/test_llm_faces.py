@@ -5,13 +5,13 @@ import json
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxserve import LLM
 from jaxserve import EngineConfig
 from jaxserve import SamplingParams
 from jaxserve.chat import ChatTemplate
+from jaxserve.parity import logprob_parity
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 
@@ -99,11 +99,6 @@ def test_without_a_template_chat_says_so(tmp_path):
 
 
 def test_updated_parameters_are_served_in_place(llm):
-  logprob_of = jax.jit(
-    lambda p, t: jax.nn.log_softmax(
-      Transformer(_CONFIG).apply({'params': p}, t)[0][0]
-    )
-  )
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: 'compile' in name and compiled.append(name)
@@ -117,15 +112,10 @@ def test_updated_parameters_are_served_in_place(llm):
     llm.update_params(params)
     [out] = llm.generate('Hello there', _PARAMS, show_progress=False)
     assert not compiled, json.dumps(compiled)
-    # What is served is what the trainer's own forward says.
-    ids = out.prompt_token_ids + out.outputs[0].token_ids
-    own = np.asarray(logprob_of(params, np.array([ids])))
-    first = len(out.prompt_token_ids)
-    difference = max(
-      abs(lp.logprob - own[first - 1 + i, lp.token_id])
-      for i, lp in enumerate(out.outputs[0].logprobs)
-    )
-    assert difference < 1e-4
+    # What is served is what the trainer's own forward says, and not another's.
+    parity = logprob_parity(_CONFIG, params, [out])
+    assert parity.num_tokens == 8 and parity.max < 1e-4
+    assert logprob_parity(_CONFIG, _init(9), [out]).mean > 1e-2
     texts.add(out.text)
     pointer = lambda x: x.addressable_shards[0].data.unsafe_buffer_pointer()
     served = llm.runner._params['embed']['embedding']
