@@ -187,6 +187,16 @@ def test_the_prefix_cache_is_used_and_changes_nothing(
   assert again > 0.6 * asked
 
 
+def test_evicted_pages_come_back_from_the_host(
+  tiny, small_engine, small_runner
+):
+  config = dataclasses.replace(small_engine, host_cache_bytes=1 << 20)
+  engine = tiny.engine(small_runner, config, num_pages=16)
+  for _ in range(2):
+    _check(tiny, engine, _BURST)
+  assert engine.prefix_stats.num_hit_on_host > 0
+
+
 @pytest.mark.parametrize('page_size', [1, 3, 16])
 def test_any_page_size(tiny, page_size):
   config = EngineConfig(
