@@ -9,11 +9,13 @@ decided by expected time, between the two ways of Kwon et al.,
 https://arxiv.org/abs/2309.06180, section 4.5.
 
 Nothing here touches a device. A *handle* is what a copy to the host gives as it
-starts; its `wait()` returns the arrays.
+starts; its `wait()` returns the arrays. Handles are dropped once that is done,
+as they hold memory on the device.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any, Protocol
 import weakref
 
@@ -23,7 +25,23 @@ import numpy as np
 class Handle(Protocol):
   """A copy to the host, under way."""
 
-  def wait(self) -> Any: ...
+  @property
+  def is_ready(self) -> bool:
+    """Whether `wait` would return at once."""
+
+  def wait(self) -> Any:
+    """The arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrived:
+  """A handle of what is on the host already."""
+
+  arrays: Any
+  is_ready = True
+
+  def wait(self) -> Any:
+    return self.arrays
 
 
 def first_dim(arrays: Any, index: int) -> Any:
@@ -64,8 +82,16 @@ class _Batch:
     self._pick = pick
     self.pages: list[weakref.ref[HostPage]] = []
 
+  @property
+  def is_settled(self):
+    return self._handle is None
+
+  @property
+  def is_ready(self):
+    return self.is_settled or self._handle.is_ready
+
   def settle(self):
-    if self._handle is None:
+    if self.is_settled:
       return
     arrays, self._handle = self._handle.wait(), None
     for i, ref in enumerate(self.pages):
@@ -83,6 +109,7 @@ class HostTier:
       dispatched later can overwrite them.
     pick: One page, by its index, of what the handle's `wait` returns. It must
       not be a view of the rest.
+    max_in_flight: Copies under way at most; one more waits for the oldest.
 
   Attributes:
     num_pages: Pages there is room for.
@@ -97,6 +124,7 @@ class HostTier:
     page_bytes: int,
     read: Callable[[list[int]], Handle],
     pick: Callable[[Any, int], Any] = first_dim,
+    max_in_flight: int = 4,
   ):
     if not 0 < page_bytes <= capacity_bytes:
       raise ValueError(
@@ -107,8 +135,9 @@ class HostTier:
     self._page_bytes = page_bytes
     self._read = read
     self._pick = pick
+    self._max_in_flight = max_in_flight
     self._owners: OrderedDict[HostPage, Any] = OrderedDict()
-    self._pending: _Batch | None = None
+    self._pending: list[_Batch] = []
     self.on_drop: Callable[[Any], None] = lambda owner: None
     self.num_copied = 0
     self.num_dropped = 0
@@ -135,12 +164,15 @@ class HostTier:
       Where they will be.
     """
     assert len(pages) <= self.num_pages
-    self.settle()
+    self.settle(only_ready=True)
+    if len(self._pending) >= self._max_in_flight:
+      self._pending.pop(0).settle()
     while len(self) + len(pages) > self.num_pages:
       _, owner = self._owners.popitem(last=False)
       self.num_dropped += 1
       self.on_drop(owner)  # May remove more.
-    batch = self._pending = _Batch(self._read(pages), self._pick)
+    batch = _Batch(self._read(pages), self._pick)
+    self._pending.append(batch)
     stored = [HostPage(batch) for _ in pages]
     batch.pages = [weakref.ref(page) for page in stored]
     self._owners.update(zip(stored, owners, strict=True))
@@ -159,13 +191,14 @@ class HostTier:
   def clear(self) -> None:
     """Forgets all pages; `on_drop` is not told."""
     self._owners.clear()
-    self._pending = None
+    self._pending = []
 
-  def settle(self) -> None:
-    """Waits for the last copy, so that its buffers on the device are free."""
-    if self._pending is not None:
-      self._pending.settle()
-      self._pending = None
+  def settle(self, only_ready: bool = False) -> None:
+    """Takes over copies that have arrived; waits for the rest by default."""
+    for batch in self._pending:
+      if batch.is_ready or not only_ready:
+        batch.settle()
+    self._pending = [b for b in self._pending if not b.is_settled]
 
 
 class SwapSpace:
@@ -215,10 +248,12 @@ class SwapSpace:
     self.num_bytes -= num_bytes
     return handle
 
-  def settle(self) -> None:
-    """Waits for all copies, so that their buffers on the device are free."""
-    for handle, _ in self._held.values():
-      handle.wait()
+  def settle(self, only_ready: bool = False) -> None:
+    """Takes over copies that have arrived; waits for the rest by default."""
+    for request_id, (handle, num_bytes) in self._held.items():
+      if handle.is_ready or not only_ready:
+        if not isinstance(handle, Arrived):
+          self._held[request_id] = Arrived(handle.wait()), num_bytes
 
 
 class Rate:

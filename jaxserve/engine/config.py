@@ -36,7 +36,8 @@ class EngineConfig:
       page is given up first.
     preemption: 'recompute', 'swap' (to host memory), or 'auto': whichever is
       expected to be faster.
-    host_cache_bytes: Host memory for swapped and evicted pages; 0 keeps none.
+    host_cache_bytes: Host memory for swapped and evicted pages, half for each;
+      0 keeps none.
     max_logit_bias: Largest number of tokens in `SamplingParams.logit_bias`.
     taps: Hidden states that requests may ask for, such as 'layers.3.output'.
     decode_steps: Steps that run in one call when all that runs is decoding.

@@ -60,7 +60,11 @@ def drawing(
   """Draws tokens and packs what the host wants to know into one array."""
 
   def draw(logits, rows, wanted, state):
-    processed = processors.process(logits, rows, state)
+    processed = jax.lax.cond(
+      jnp.any(rows.features != 0),
+      lambda: processors.process(logits, rows, state),
+      lambda: logits,
+    )
     is_finite = processors.can_draw(processed)
     tokens = jnp.where(is_finite, sampler(processed, rows), 0)
     tokens = jnp.where(wanted.target < 0, tokens, wanted.target)

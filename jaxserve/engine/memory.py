@@ -50,7 +50,10 @@ class Memory:
     self.allocator = PageAllocator(num_pages)
     self.costs = TransferCosts()
     self.num_swapped = 0
-    self._swap = SwapSpace(config.host_cache_bytes)
+    # Half for requests that were swapped, half for what was evicted.
+    self._host_bytes = config.host_cache_bytes // 2
+    self._swap = SwapSpace(self._host_bytes)
+    self._tier: HostTier | None = None
     self.prefix = self._prefix_cache(config) if config.prefix_cache else None
     # What must be on the device before the next step.
     self._copies: list[tuple[int, int]] = []
@@ -98,6 +101,10 @@ class Memory:
 
   def flush(self) -> None:
     """Sends to the device what the next step builds on."""
+    # What has arrived on the host need not stay in device buffers.
+    self._swap.settle(only_ready=True)
+    if self._tier is not None:
+      self._tier.settle(only_ready=True)
     if self._copies:
       self._runner.copy_pages(*map(list, zip(*self._copies, strict=True)))
     for pages, arrays in self._loads:
@@ -255,10 +262,9 @@ class Memory:
     )
 
   def _prefix_cache(self, config):
-    tier = None
-    if config.host_cache_bytes >= self._page_bytes:
-      tier = HostTier(
-        config.host_cache_bytes,
+    if self._host_bytes >= self._page_bytes:
+      self._tier = HostTier(
+        self._host_bytes,
         self._page_bytes,
         self._runner.read_pages,
         lambda arrays, i: tuple(np.array(x[:, i : i + 1]) for x in arrays),
@@ -267,7 +273,9 @@ class Memory:
       self.allocator,
       config.page_size,
       score=getattr(scores, config.prefix_score),
-      host_tier=tier,
+      host_tier=self._tier,
+      # Fewer common tokens cost less to compute than a page to copy.
+      min_partial=max(1, config.page_size // 4),
     )
 
 

@@ -34,3 +34,65 @@ def test_refuses_misuse_and_changes_nothing():
   assert sorted(allocator.take(3)) == [0, 1, 2]
   with pytest.raises(ValueError, match='num_pages=0'):
     PageAllocator(0)
+
+
+class _Watcher:
+  def __init__(self):
+    self.held = set()
+
+  def on_held(self, pages):
+    assert self.held.isdisjoint(pages)
+    self.held |= set(pages)
+
+  def on_unheld(self, pages):
+    assert self.held.issuperset(pages)
+    self.held -= set(pages)
+
+
+@given(
+  st.lists(st.tuples(st.sampled_from('tsgkd'), st.sets(st.integers(0, 5))))
+)
+def test_counts_holders_and_tells_about_kept_pages(moves):
+  allocator, counts, kept = PageAllocator(6), [0] * 6, set()
+  allocator.watcher = watcher = _Watcher()
+  for move, pages in moves:
+    others = [counts[p] - (p in kept) for p in range(6)]
+    if move == 't':
+      if len(pages) <= counts.count(0):
+        for p in allocator.take(len(pages)):
+          assert counts[p] == 0
+          counts[p] = 1
+      continue
+    allowed, call, change = {
+      's': (lambda p: counts[p] > 0, allocator.share, 1),
+      'g': (lambda p: others[p] > 0, allocator.give_back, -1),
+      'k': (lambda p: counts[p] > 0 and p not in kept, allocator.keep, 1),
+      'd': (lambda p: p in kept, allocator.drop, -1),
+    }[move]
+    if not all(map(allowed, pages)):
+      with pytest.raises(ValueError):
+        call(sorted(pages))
+    else:
+      call(sorted(pages))
+      for p in pages:
+        counts[p] += change
+      if move == 'k':
+        kept |= pages
+        watcher.held |= pages  # The cache knows: it has kept a held page.
+      elif move == 'd':
+        kept -= pages
+        watcher.held -= pages
+    allocator.check()
+    assert [allocator.count(p) for p in range(6)] == counts
+    assert allocator.num_free == counts.count(0)
+    assert watcher.held == {p for p in kept if counts[p] > 1}
+
+
+def test_a_shared_page_is_free_after_its_last_holder():
+  allocator = PageAllocator(2)
+  (page,) = allocator.take(1)
+  allocator.share([page])
+  allocator.give_back([page])
+  assert (allocator.count(page), allocator.num_free) == (1, 1)
+  allocator.give_back([page])
+  assert allocator.take(2) == [page, 1 - page], 'the last one back comes first'

@@ -163,10 +163,10 @@ def test_stop_texts_are_held_back_while_streaming(engine):
   )
   pieces = []
   engine.add_request(_PROMPT, params, sink=lambda d: pieces.append(d))
-  out = None
+  done = []
   while engine.num_unfinished:
-    for out in engine.step():
-      pass
+    done += engine.step()
+  [out] = done
   assert ''.join(d.text for d in pieces) == out.text
   assert pieces[-1].output == out and pieces[-1].finish_reason is not None
   assert all(d.finish_reason is None for d in pieces[:-1])
