@@ -133,9 +133,11 @@ def load_chat_template(
     The template, or `None` if there is none.
 
   Raises:
-    ValueError: It is not a template.
+    ValueError: There is no such file, or it is not a template.
   """
   path = pathlib.Path(path)
+  if not path.exists():
+    raise ValueError(f'no chat template at {str(path)!r}')
   if path.suffix == '.gguf':
     source, special = _read_gguf(path)
   else:

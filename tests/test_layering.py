@@ -38,6 +38,8 @@ _TRAIN = _HEART | {'grain', 'optax', 'tensorboardX', 'tqdm'}
 _SERVE = _HEART | {'jinja2', 'tokenizers', 'tqdm'}
 _ALL = _TRAIN | _SERVE | {'absl', 'matplotlib'}
 _BASELINES = {'torch', 'transformers'}
+# Engines of environments of their own, and what they share: a file beside them.
+_PEERS = _BASELINES | {'openvino', 'openvino_genai', 'protocol', 'vllm'}
 _THIRD_PARTY = {
   'pallas_kernels': _KERNELS,
   # Sends functions to the process that compiles them.
@@ -50,16 +52,26 @@ _THIRD_PARTY = {
   'jaxtrain': _TRAIN,
   'jaxtrain.data': _TRAIN | {'tokenizers'},
   'jaxserve': _SERVE,
-  'jaxserve.server': _SERVE | {'starlette', 'uvicorn'},
+  'jaxserve.constraints': _SERVE | {'llguidance'},
+  'jaxserve.server': _SERVE | {'prometheus_client', 'starlette', 'uvicorn'},
   # Baselines to compare with, where they are installed.
   'experiments': _ALL | _BASELINES,
+  'experiments.benchmarks.peers': _ALL | _PEERS,
 }
 
 # Run on the host between steps; must work and be testable without jax.
 _HOST = (
+  'jaxserve.chat',
+  'jaxserve.constraints',
   'jaxserve.schedulers',
+  'jaxserve.simulate',
   'jaxserve.cache.allocator',
+  'jaxserve.cache.keys',
+  'jaxserve.cache.match',
+  'jaxserve.cache.offload',
   'jaxserve.cache.prefix',
+  'jaxserve.cache.radix_tree',
+  'jaxserve.cache.scores',
 )
 
 # Folders of algorithms, one paper per file.
@@ -72,10 +84,12 @@ _FAMILIES = (
   'jaxtrain/parallel',
   'jaxserve/adapters',
   'jaxserve/attention',
+  'jaxserve/constraints',
   'jaxserve/kv_codecs',
   'jaxserve/kv_policies',
   'jaxserve/samplers',
   'jaxserve/schedulers',
+  'jaxserve/schedulers/predictors',
   'jaxserve/speculative',
 )
 _PAPER = re.compile(
@@ -162,7 +176,7 @@ def test_third_party_imports_are_in_the_table():
 def test_third_party_imports_are_declared():
   declared = (_ROOT / 'setup.py').read_text().lower().replace('-', '_')
   distribution = {'absl': 'absl_py', 'orbax': 'orbax_checkpoint'}
-  for module in set().union(*_THIRD_PARTY.values()) - _BASELINES:
+  for module in set().union(*_THIRD_PARTY.values()) - _PEERS:
     name = distribution.get(module, module).lower()
     assert re.search(rf"'{name}\b", declared), f'setup.py lacks {name}'
 

@@ -34,8 +34,23 @@ _REDO = flags.DEFINE_string(
   'redo', None, 'Time the contenders whose name contains this again.'
 )
 _OUTPUT = flags.DEFINE_string('output', str(_RESULTS), 'Records, JSON.')
+_MARKDOWN = flags.DEFINE_bool('markdown', False, 'Print a table of ours only.')
 _PICTURE = flags.DEFINE_bool('picture', True, 'Also draw OUTPUT as .png.')
 
+# Beside the MXUs and HBM, whose shares are of time: units by share of slots.
+_UNITS = {
+  'VALU': 'vector',
+  'EUP': 'exp',
+  'XLU': 'across\nlanes',
+  'VLOAD': 'load',
+  'VLOAD:FILL': 'refill',
+  'VSTORE': 'store',
+  'VSTORE:SPILL': 'spill',
+  'VPOP': 'results',
+  'SALU': 'scalar',
+}
+# Some contenders compile for minutes, on a busy machine for many.
+_TIMEOUT_S = 3600.0
 # A contender may need more VMEM than a small chip has.
 _REFUSALS = (
   tpu_compiler.CompileError,
@@ -74,7 +89,11 @@ def main(argv):
   for key in tqdm.tqdm([w for w in work if w not in done], file=sys.stderr):
     records.append(measure(*key, rows[key[0]]))
     _write(path, records)
-  print(table([r for r in records if _key(r) in set(work)]))
+  chosen = sorted(
+    (r for r in records if _key(r) in set(work)),
+    key=lambda r: work.index(_key(r)),
+  )
+  print(markdown(chosen) if _MARKDOWN.value else table(chosen))
   if _PICTURE.value:
     draw(records, path.with_suffix('.png'))
 
@@ -85,7 +104,7 @@ def measure(name: str, chip: str, contender: str, row: tpu_rows.Row) -> dict:
   try:
     fn, args = row.contenders[contender](chip)
     compiled = tpu_compiler.compile_for(
-      fn, *args, topology=chip, flags=tpu_rows.FLAGS
+      fn, *args, topology=chip, flags=tpu_rows.FLAGS, timeout_s=_TIMEOUT_S
     )
     kernels = [k for k in compiled.kernels if row.kernels(k)]
     if not kernels:
@@ -144,6 +163,29 @@ def table(records: list[dict]) -> str:
   return '\n'.join(lines)
 
 
+def markdown(records: list[dict]) -> str:
+  """Ours by row and chip: microseconds, share of the floor, over the best."""
+  chips = [c for c in tpu_compiler.CHIPS if c in {r['chip'] for r in records}]
+  lines = ['| | ' + ' | '.join(chips) + ' |', '|---' * (len(chips) + 1) + '|']
+  for name in dict.fromkeys(r['row'] for r in records):
+    cells = []
+    for chip in chips:
+      key = name, chip
+      timed = {
+        r['contender']: r
+        for r in records
+        if (r['row'], r['chip']) == key and 'us' in r
+      }
+      ours = timed.pop('ours', None)
+      cell = f'{ours["us"]:,.0f}, {_share(ours):.0%}' if ours else ''
+      if ours and timed:
+        best = min(r['us'] for r in timed.values())
+        cell += f', {ours["us"] / best:.2f}x'
+      cells.append(cell)
+    lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
 def draw(records: list[dict], path: pathlib.Path) -> None:
   """Time over the floor of every contender, and what units ours keeps busy."""
   import matplotlib
@@ -152,14 +194,16 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
   from matplotlib import pyplot as plt
 
   timed = [r for r in records if 'us' in r]
-  rows = list(dict.fromkeys(r['row'] for r in timed))
+  rows = [name for name in tpu_rows.ROWS if name in {r['row'] for r in timed}]
+  units = [u for u in _UNITS if any(u in r['slots'] for r in timed)]
   figure, axes = plt.subplots(
-    len(rows), 2, figsize=(13, 2.2 * len(rows)), squeeze=False
+    len(rows), 2, figsize=(13, 2.4 * len(rows)), squeeze=False
   )
   for (left, right), row in zip(axes, rows, strict=True):
-    _draw_times(left, [r for r in timed if r['row'] == row])
-    ours = [r for r in timed if r['row'] == row and r['contender'] == 'ours']
-    _draw_slots(right, ours)
+    of_row = [r for r in timed if r['row'] == row]
+    of_row.sort(key=lambda r: list(tpu_compiler.CHIPS).index(r['chip']))
+    _draw_times(left, of_row)
+    _draw_slots(right, [r for r in of_row if r['contender'] == 'ours'], units)
     left.set_title(row, fontsize=9, loc='left')
   axes[0][1].set_title('ours: share of slots in use', fontsize=9, loc='left')
   figure.tight_layout()
@@ -169,7 +213,9 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
 
 def _draw_times(axis, records):
   chips = list(dict.fromkeys(r['chip'] for r in records))
-  contenders = list(dict.fromkeys(r['contender'] for r in records))
+  contenders = sorted(
+    {r['contender'] for r in records}, key=lambda name: (name != 'ours', name)
+  )
   width = 0.8 / len(contenders)
   for i, contender in enumerate(contenders):
     found = {r['chip']: r for r in records if r['contender'] == contender}
@@ -182,28 +228,30 @@ def _draw_times(axis, records):
   axis.axhline(1, color='black', linewidth=0.8)
   axis.set_xticks([j + 0.4 - width / 2 for j in range(len(chips))], chips)
   axis.set_ylabel('time / floor', fontsize=8)
-  axis.legend(fontsize=6)
+  # Beside the bars, which may be of any height.
+  axis.legend(
+    fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False
+  )
 
 
-def _draw_slots(axis, records):
+def _draw_slots(axis, records, units):
   if not records:
     axis.axis('off')
     return
-  units = sorted(set().union(*(r['slots'] for r in records)))
   grid = [
     [r['mxu_busy'], r['hbm_busy'], *(r['slots'].get(u, 0) for u in units)]
     for r in records
   ]
   axis.imshow(grid, vmin=0, vmax=1, cmap='viridis', aspect='auto')
   axis.set_yticks(range(len(records)), [r['chip'] for r in records], fontsize=7)
-  axis.set_xticks(
-    range(2 + len(units)), ['MXU', 'HBM', *units], fontsize=6, rotation=30
-  )
+  names = ['MXU', 'HBM', *(_UNITS[u] for u in units)]
+  axis.set_xticks(range(len(names)), names, fontsize=7)
   for i, line in enumerate(grid):
     for j, share in enumerate(line):
       axis.text(
         *(j, i, f'{share:.0%}'),
-        **dict(ha='center', va='center', fontsize=6, color='white'),
+        **dict(ha='center', va='center', fontsize=7),
+        color='white' if share < 0.7 else 'black',
       )
 
 

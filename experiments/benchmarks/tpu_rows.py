@@ -8,6 +8,7 @@ JAX, at the block sizes that its own tuning guides give.
 from collections.abc import Callable
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -247,6 +248,39 @@ def _grouped(m, k, n, sizes):
   )
 
 
+def _shared(op, case, *, flops=0.0, results=0, function=None):
+  """A case that the tests compile too; reads its arrays, only ours is timed."""
+  made = importlib.import_module(f'pallas_kernels.{op}.cases').TPU[case]()
+  arrays = [x for x in made['args'] if x is not None]
+  read = sum(x.size * x.dtype.itemsize for x in arrays)
+  ours = _ours(op, *made['args'], function=function, **made['kwargs'])
+  return Row(flops=flops, hbm_bytes=read + results, contenders={'ours': ours})
+
+
+def _quantized(case, m=32, k=4096, n=14336):
+  return _shared(
+    'quantized_matmul', case, flops=2.0 * m * k * n, results=2 * m * n
+  )
+
+
+def _loss(tokens=4096, width=4096, vocab=128256):
+  """Logits and the gradients of both factors: three products."""
+  return _shared(
+    'linear_cross_entropy',
+    'llama3_8b',
+    flops=3 * 2.0 * tokens * width * vocab,
+    results=2 * width * (tokens + vocab),
+    function='linear_cross_entropy_gradients',
+  )
+
+
+def _kv_update(tokens=64, num_kv=8, rows=16):
+  """Memory is written by tiles of 16 tokens: each is read and written."""
+  row = _shared('kv_update', 'decode_b64_page16')
+  tile = num_kv * rows * _HEAD_DIM * 2
+  return dataclasses.replace(row, hbm_bytes=2.0 * 2 * tokens * tile)
+
+
 ROWS: dict[str, Callable[[], Row]] = {
   'attention forward 16384': functools.partial(_attention, 16384),
   'attention forward 4096': functools.partial(_attention, 4096),
@@ -266,6 +300,9 @@ ROWS: dict[str, Callable[[], Row]] = {
   'paged decode 32 x 2048, page 128': functools.partial(
     _paged, (1,) * 32, (2048,) * 32, 128
   ),
+  'paged decode 1 x 131072, page 128': functools.partial(
+    _paged, (1,), (131072,), 128
+  ),
   'paged mixed 32 + 2048, page 128': functools.partial(
     _paged, (1,) * 32 + (2048,), (2048,) * 33, 128
   ),
@@ -275,4 +312,13 @@ ROWS: dict[str, Callable[[], Row]] = {
   'grouped matmul 8192x2048x4096, skewed': functools.partial(
     _grouped, 8192, 2048, 4096, (3000, 17, 0, 1031, 2500, 144, 999, 501)
   ),
+  'quantized matmul 32x4096x14336, int8': functools.partial(
+    _quantized, 'w8a16_decode'
+  ),
+  'quantized matmul 32x4096x14336, 4 bits': functools.partial(
+    _quantized, 'w4a16_decode'
+  ),
+  'loss and gradients, 4096 tokens, 4096x128256': _loss,
+  'sampling 64 x 128256': functools.partial(_shared, 'sampling', 'llama3_b64'),
+  'kv update, 64 decodes, page 16': _kv_update,
 }

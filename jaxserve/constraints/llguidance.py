@@ -10,7 +10,8 @@ Schemas are read as https://json-schema.org, draft 2020-12; keywords that
 llguidance does not enforce are refused rather than ignored. Properties come in
 the order of the schema. Between the words of JSON is at most `_WHITESPACE`, so
 that a model cannot go on with spaces for ever. Regular expressions are in the
-syntax of Rust's regex, without looking around.
+syntax of Rust's regex, without looking around. Where but one text can follow,
+the mask has the tokens that the tokenizer itself would choose for it.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,11 @@ from jaxtrain.checkpoints.tokenizer import Tokenizer
 
 _WHITESPACE = r'[ \t\r\n]{0,32}'
 _NUM_TOKENIZERS = 4
+_MAX_STATES = 2**16  # Of a lexer; each takes 1 to 2 kB.
 _SHOWN = 200  # Characters of a text that an error message shows.
 
 
-def llguidance(max_grammars: int = 256) -> Constraint:
+def llguidance(max_grammars: int = 64) -> Constraint:
   """The constraint.
 
   Args:
@@ -121,6 +123,10 @@ class _Bytes:
 class _Grammar:
   """A matcher that never moves, to copy.
 
+  Copies share the states of the lexer that any of them has reached, behind a
+  lock: what one has paid for is free for the others. There is room for
+  `_MAX_STATES`. When it is full, those who need more get lexers of their own.
+
   Args:
     vocabulary: The tokens.
     kind: 'regex' or 'json_schema'.
@@ -132,7 +138,7 @@ class _Grammar:
 
   def __init__(self, vocabulary: _Vocabulary, kind: str, text: str):
     library = _library()
-    self._vocabulary = vocabulary
+    self.vocabulary = vocabulary
     try:
       grammar = (
         library.LLMatcher.grammar_from_regex(text)
@@ -141,46 +147,60 @@ class _Grammar:
           text, defaults=dict(whitespace_pattern=_WHITESPACE)
         )
       )
-      self._start = library.LLMatcher(
+      self.make = functools.partial(
+        library.LLMatcher,
         vocabulary.tokens,
         grammar,
         log_level=0,
-        limits=library.LLParserLimits(verbose_errors=False),
+        limits=library.LLParserLimits(
+          max_lexer_states=_MAX_STATES, verbose_errors=False
+        ),
       )
-      # Also finds that nothing matches, and warms up what copies share.
-      first = vocabulary.mask(self._start)
+      self._source = self.make()
+      # Also finds that nothing matches.
+      first = vocabulary.mask(self._source)
     except ValueError as e:
       raise ValueError(_refusal(kind, text, e)) from e
-    if self._start.is_error():
-      error = self._start.get_error().removesuffix('<non-verbose/>').strip()
+    if self._source.is_error():
+      error = self._source.get_error().removesuffix('<non-verbose/>').strip()
       if error.startswith('NoExtension'):
         error = 'nothing matches it'
       raise ValueError(_refusal(kind, text, error))
     for i in vocabulary.stop_ids:
       first[i // 32] &= ~np.uint32(1 << i % 32)
-    self._is_empty = not first.any()
+    self.is_empty = not first.any()
 
   def start(self) -> '_Matcher':
     """See `base.Grammar`."""
-    return _Matcher(
-      self._start.deep_copy(), self._vocabulary, is_done=self._is_empty
-    )
+    return _Matcher(self, self._source)
+
+  def replace(self, source: Any) -> None:
+    """Makes a new matcher to copy, if `source` is the one copied now."""
+    if self._source is source:
+      self._source = self.make()
 
 
 class _Matcher:
-  """One of llguidance's, and what it does not say of itself."""
+  """A copy of a grammar's matcher.
 
-  def __init__(self, matcher: Any, vocabulary: _Vocabulary, is_done: bool):
-    self._matcher = matcher
-    self._vocabulary = vocabulary
-    # It finds out only with the first token.
-    self._is_done = is_done
+  Args:
+    grammar: What may follow.
+    source: The matcher to copy.
+  """
+
+  def __init__(self, grammar: _Grammar, source: Any):
+    self._grammar = grammar
+    self._source = source
+    self._matcher = source.deep_copy()
+    self._tokens = []
 
   @property
   def is_done(self) -> bool:
     """See `base.Matcher`."""
-    stopped = self._is_done or self._matcher.is_stopped()
-    return stopped and not self._matcher.is_error()
+    if self._matcher.is_error():
+      return False
+    # It finds out with the first token that the text has to be empty.
+    return self._grammar.is_empty or self._matcher.is_stopped()
 
   @property
   def error(self) -> str | None:
@@ -189,15 +209,43 @@ class _Matcher:
 
   def mask(self) -> np.ndarray:
     """See `base.Matcher`."""
-    return self._vocabulary.mask(self._matcher)
+    mask = self._grammar.vocabulary.mask(self._matcher)
+    if self._matcher.is_error() and self._source is not None:
+      self._restart()
+      mask = self._grammar.vocabulary.mask(self._matcher)
+    return mask
 
   def accept(self, token: int) -> bool:
     """See `base.Matcher`."""
+    vocabulary = self._grammar.vocabulary
     if self.is_done:
-      return token in self._vocabulary.stop_ids
+      return token in vocabulary.stop_ids
     # Numbers that are no token would be its end.
-    is_token = 0 <= token < self._vocabulary.num_tokens
-    return is_token and self._matcher.try_consume_tokens([int(token)]) == 1
+    if not 0 <= token < vocabulary.num_tokens:
+      return False
+    accepted = self._consume(int(token))
+    if not accepted and self._source is not None:
+      # That the lexer is full is not said before the next mask.
+      vocabulary.mask(self._matcher)
+      if self._matcher.is_error():
+        self._restart()
+        accepted = self._consume(int(token))
+    if accepted:
+      self._tokens.append(int(token))
+    return accepted
+
+  def _consume(self, token):
+    return self._matcher.try_consume_tokens([token]) == 1
+
+  def _restart(self):
+    """Comes back to where it is, with a lexer of its own."""
+    self._grammar.replace(self._source)
+    self._source = None
+    self._matcher = self._grammar.make()
+    count = self._matcher.try_consume_tokens(self._tokens)
+    if count < len(self._tokens):
+      # Its own is full, too. Unlike a trial, this makes it an error.
+      self._matcher.consume_token(self._tokens[count])
 
 
 def _library():

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
 
+from jaxserve.engine import row_state
+from jaxserve.engine.row_state import RowSizes
+from jaxserve.engine.row_state import RowStore
 from jaxserve.samplers import processors
 from jaxserve.samplers.base import Rows
-from jaxserve.samplers.base import RowState
 from jaxserve.samplers.base import Sampler
 
 
@@ -33,13 +35,13 @@ class Sampled:
   """Tokens of one step, on the host; of several, in a leading dimension K.
 
   Attributes:
-    tokens: `[U]`: what was sampled, or the target.
+    tokens: `[U]`: what was sampled, or the target; -1 in steps that a row took
+      no part in.
     logprobs: `[U]`, of these tokens, where wanted.
     top_ids: `[U, n]`: the likeliest tokens, best first, where wanted.
     top_logprobs: `[U, n]`.
     is_finite: `[U]`: False where logits were NaN or +inf, or a mask left no
       token: the token is 0 then, and means nothing.
-    num_valid: `[U]`: of several steps, how many a row took part in; else 1.
   """
 
   tokens: np.ndarray
@@ -47,22 +49,38 @@ class Sampled:
   top_ids: np.ndarray
   top_logprobs: np.ndarray
   is_finite: np.ndarray
-  num_valid: np.ndarray
+
+  def steps(self) -> list['Sampled']:
+    """Each step of several by itself; the only one, of one."""
+    if self.tokens.ndim == 1:
+      return [self]
+    parts = zip(
+      *(getattr(self, f.name) for f in dataclasses.fields(self)), strict=True
+    )
+    return [Sampled(*part) for part in parts]
+
+  @property
+  def num_valid(self) -> np.ndarray:
+    """`[U]`: of several steps, how many a row took part in, the first ones."""
+    return (self.tokens >= 0).sum(0)
 
 
-# `(logits [U, V], rows, wanted, state) -> (tokens [U], packed [U, 3 + 2n])`.
-Draw = Callable[[jax.Array, Rows, Wanted, RowState], tuple[jax.Array, ...]]
+# `(logits [U, V], rows, wanted, store) -> (tokens [U], packed [U, 3 + 2n])`.
+Draw = Callable[[jax.Array, Rows, Wanted, RowStore], tuple[jax.Array, ...]]
 
 
 def drawing(
-  sampler: Sampler, mesh: jax.sharding.Mesh, num_logprobs: int
+  sampler: Sampler,
+  sizes: RowSizes,
+  mesh: jax.sharding.Mesh,
+  num_logprobs: int,
 ) -> Draw:
   """Draws tokens and packs what the host wants to know into one array."""
 
-  def draw(logits, rows, wanted, state):
+  def draw(logits, rows, wanted, store):
     processed = jax.lax.cond(
       jnp.any(rows.features != 0),
-      lambda: processors.process(logits, rows, state),
+      lambda: processors.process(logits, rows, row_state.unpack(sizes, store)),
       lambda: logits,
     )
     is_finite = processors.can_draw(processed)
@@ -84,15 +102,12 @@ def drawing(
 def unpack(packed: np.ndarray, num_logprobs: int) -> Sampled:
   """Reads the packed array of a step, or of several."""
   floats, n = packed.view(np.float32), num_logprobs
-  tokens = packed[..., 0]
-  valid = tokens >= 0
   return Sampled(
-    tokens=tokens,
+    tokens=packed[..., 0],
     logprobs=floats[..., 2],
     top_ids=packed[..., 3 : 3 + n],
     top_logprobs=floats[..., 3 + n :],
     is_finite=packed[..., 1] != 0,
-    num_valid=valid.sum(0) if valid.ndim > 1 else valid.astype(int),
   )
 
 
@@ -119,7 +134,7 @@ def _split_rows(draw: Draw, mesh: jax.sharding.Mesh) -> Draw:
   if mesh.size == 1:
     return draw
 
-  def split(logits, rows, wanted, state):
+  def split(logits, rows, wanted, store):
     divides = logits.shape[0] % mesh.size == 0
     spec = jax.P(mesh.axis_names if divides else None)
     return jax.shard_map(
@@ -128,6 +143,6 @@ def _split_rows(draw: Draw, mesh: jax.sharding.Mesh) -> Draw:
       in_specs=(spec, spec, spec, jax.P()),
       out_specs=spec,
       check_vma=False,
-    )(logits, rows, wanted, state)
+    )(logits, rows, wanted, store)
 
   return split

@@ -186,11 +186,12 @@ class Engine:
       The requests that finished.
     """
     previous, self._in_flight = self._in_flight, None
-    num_failed = self.metrics.num_failed_steps
+    before = self.metrics.num_failed_steps, self.metrics.num_preemptions
     self._in_flight = self._dispatch()
     touched = [] if previous is None else self._commit(previous)
-    has_failed = self.metrics.num_failed_steps > num_failed
-    if self._in_flight is None and previous is None and not has_failed:
+    # Whoever was preempted may have shared its pages: the next plan knows.
+    now = self.metrics.num_failed_steps, self.metrics.num_preemptions
+    if self._in_flight is None and previous is None and now == before:
       if stuck := [c for c in self._continuations.values() if c.is_live]:
         raise RuntimeError(
           f'the scheduler {self._config.scheduler!r} runs none of the waiting '
@@ -210,15 +211,17 @@ class Engine:
     try:
       self._memory.flush()
       self._set_masks(scheduled)
-      filled = self._filler.fill(scheduled)
+      many = self._many_steps(scheduled)
+      filled = (
+        self._filler.fill_many(many) if many else self._filler.fill(scheduled)
+      )
       result = self._runner.run(filled.layout, filled.buffer)
     except Exception as e:
       self._fail_step(scheduled, e)
       return None
     for c, count in filled.scheduled:
       c.num_computed += count
-    for c, target in zip(filled.sampling, filled.targets, strict=True):
-      c.num_pending += target < 0
+    _change_pending(filled, 1)
     for c, _ in filled.scheduled:
       self._memory.publish(c)
     self._record(filled)
@@ -231,7 +234,9 @@ class Engine:
     return self._schedule(
       [c.view() for c in live],
       base.Budget(
-        max_tokens=self._config.max_step_tokens,
+        max_tokens=min(
+          self._config.max_step_tokens, self._runner.max_ready_tokens
+        ),
         max_requests=self._config.max_num_requests - ending,
         free_pages=self._memory.num_free,
         page_size=self._config.page_size,
@@ -255,6 +260,29 @@ class Engine:
         self._filler.enter(c)
       scheduled.append((c, count))
     return scheduled
+
+  def _many_steps(self, scheduled):
+    """How many tokens each decodes in one call of several steps, or `None`.
+
+    Only where all that is live decodes, and no step needs the host.
+    """
+    num_steps = self._config.decode_steps
+    if num_steps == 1 or len(scheduled) < sum(
+      c.finish_reason is None for c in self._continuations.values()
+    ):
+      return None
+    many = []
+    for c, count in scheduled:
+      is_decode = count == 1 and c.num_computed + 1 == c.num_tokens
+      needs_host = c.matcher is not None or c.params.taps
+      too_many = len(c.stop_ids) > self._runner.sizes.max_stop_ids
+      if not is_decode or needs_host or too_many:
+        return None
+      count = min(num_steps, c.max_tokens - c.num_generated)
+      if not self._memory.place(c, count):
+        return None
+      many.append((c, count))
+    return many
 
   def _release(self, c, keep=True):
     self._memory.release(c, keep and c.finish_reason != 'error')
@@ -296,14 +324,16 @@ class Engine:
         c.fail(f'{type(error).__name__}: {error}')
     later, self._in_flight = self._in_flight, None
     if later is not None:
-      filled = later.filled
-      for c, target in zip(filled.sampling, filled.targets, strict=True):
-        c.num_pending -= target < 0
+      _change_pending(later.filled, -1)
+      for c, target in zip(
+        later.filled.sampling, later.filled.targets, strict=True
+      ):
         c.num_looked_up -= target >= 0
     for c in self._continuations.values():
       if not c.is_swapped:
         self._release(c, keep=False)
         c.num_computed = 0
+        c.taps.clear()
     self._memory.forget_all()
     self._runner.reset()
     self.metrics.num_failed_steps += 1
@@ -311,29 +341,42 @@ class Engine:
   def _commit(self, step: _InFlight) -> list[Continuation]:
     """Reads a step's tokens and gives them to their continuations."""
     filled = step.filled
-    if not filled.sampling:
+    taps = any(c.params.taps for c, _ in filled.scheduled)
+    if not filled.sampling and not taps:
       return []
     try:
+      if taps:
+        self._commit_taps(filled, step.result.read_taps())
       sampled = step.result.read()
     except Exception as e:
       self._fail_step(filled.scheduled, e)
       return []
     now = time.perf_counter()
     self._time_prefill(step, now)
-    for u, (c, target) in enumerate(
-      zip(filled.sampling, filled.targets, strict=True)
-    ):
-      c.num_pending -= target < 0
-      if c.finish_reason is not None:
-        continue  # Ended by the token before this one.
-      if not sampled.is_finite[u]:
-        self._poison(c)
-      elif target >= 0:
-        n = c.params.prompt_logprobs
-        c.request.prompt_logprobs.append(logprobs_of_row(sampled, u, target, n))
-      else:
-        self._append(c, sampled, u, now)
+    _change_pending(filled, -1)
+    for one in sampled.steps():
+      for u, (c, target) in enumerate(
+        zip(filled.sampling, filled.targets, strict=True)
+      ):
+        # Else ended by the token before this one, or in an earlier step.
+        if c.finish_reason is None and one.tokens[u] >= 0:
+          self._commit_row(c, target, one, u, now)
     return filled.sampling
+
+  def _commit_row(self, c, target, sampled, u, now):
+    if not sampled.is_finite[u]:
+      self._poison(c)
+    elif target >= 0:
+      n = c.params.prompt_logprobs
+      c.request.prompt_logprobs.append(logprobs_of_row(sampled, u, target, n))
+    else:
+      self._append(c, sampled, u, now)
+
+  def _commit_taps(self, filled, states):
+    for (c, count), start in zip(filled.scheduled, filled.starts, strict=True):
+      if c.params.taps and c.finish_reason is None:
+        which = [self._config.taps.index(name) for name in c.params.taps]
+        c.taps.append(states[which, start : start + count])
 
   def _time_prefill(self, step, now):
     """Learns how fast prompts are computed, from steps that compute some."""
@@ -385,10 +428,19 @@ class Engine:
     wasted = sum(len(c.pages) * page_size - c.num_computed for c in running)
     self.metrics.record_step(
       num_tokens=sum(count for _, count in filled.scheduled),
-      bucket=filled.layout.num_tokens,
+      bucket=filled.layout.num_tokens * filled.layout.num_steps,
       num_running=len(running),
       num_waiting=len(self._continuations) - len(running),
       pages_in_use=self._memory.num_held,
       wasted_slots=wasted,
       page_size=page_size,
     )
+
+
+def _change_pending(filled, sign):
+  """Counts the tokens that a step samples as on their way, or as arrived."""
+  counts = [1] * len(filled.sampling)
+  if filled.layout.num_steps > 1:
+    counts = [n for _, n in filled.scheduled]
+  for c, target, n in zip(filled.sampling, filled.targets, counts, strict=True):
+    c.num_pending += sign * n * (target < 0)

@@ -24,6 +24,7 @@ class Filled:
     layout: Which program.
     buffer: Its input.
     scheduled: Whom it runs, and how many tokens of each.
+    starts: Where the tokens of each begin in the step.
     sampling: Per row of logits, whose they are.
     targets: Per row of logits, the prompt token to look up, or -1 to sample.
   """
@@ -31,6 +32,7 @@ class Filled:
   layout: Layout
   buffer: np.ndarray
   scheduled: list[tuple[Continuation, int]]
+  starts: list[int]
   sampling: list[Continuation]
   targets: list[int]
 
@@ -142,7 +144,35 @@ class Filler:
     for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
       if _wants_lookup(c):
         self._fill_lookups(f, c, count, start, sampling, targets)
-    return Filled(layout, buffer, scheduled, sampling, targets)
+    return Filled(layout, buffer, scheduled, starts.tolist(), sampling, targets)
+
+  def fill_many(self, scheduled: Sequence[tuple[Continuation, int]]) -> Filled:
+    """Several steps in which all decode: one after the other, each its count.
+
+    The pages of all steps are theirs already.
+    """
+    scheduled = sorted(scheduled, key=_row)
+    n = len(scheduled)
+    rows = np.array([c.row for c, _ in scheduled])
+    first = np.array([c.num_computed for c, _ in scheduled])
+    layout = self._runner.decode_layout_for(n)
+    buffer, f = layout.empty()
+    self._update_pages(scheduled)
+    page, offset = np.divmod(first, self._page_size)
+    f['positions'][:n] = first
+    f['token_row'][:n] = rows
+    f['slot'][:n] = self._page_table[rows, page] * self._page_size + offset
+    f['page_table'][rows] = self._page_table[rows]
+    f['kv_len'][rows] = first + 1
+    f['query_start'][rows + 1] = 1
+    np.cumsum(f['query_start'], out=f['query_start'])
+    for u, (c, count) in enumerate(scheduled):
+      f['tokens'][u] = (c.tokens[c.num_computed :] or [-1])[0]
+      f['steps_left'][u] = count
+      f['stop_ids'][u, : len(c.stop_ids)] = list(c.stop_ids)
+    sampling = [c for c, _ in scheduled]
+    self._fill_sampling(f, sampling, np.arange(n))
+    return Filled(layout, buffer, scheduled, list(range(n)), sampling, [-1] * n)
 
   def _limit_lookups(self, scheduled):
     if not any(_wants_lookup(c) for c, _ in scheduled):

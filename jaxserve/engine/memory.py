@@ -77,7 +77,8 @@ class Memory:
 
   def num_cached(self, c: Continuation) -> int:
     """Tokens of a waiting continuation that need no computation."""
-    if self.prefix is None or c.row is not None or c.is_swapped:
+    asks = c.params.prompt_logprobs is not None or c.params.taps
+    if self.prefix is None or c.row is not None or c.is_swapped or asks:
       return c.num_computed
     c.keys.update(c.tokens)
     return self.prefix.peek(c.keys, len(c.tokens) - 1)
@@ -148,6 +149,7 @@ class Memory:
     else:
       self.release(c)
       c.num_computed = 0
+      c.taps.clear()
 
   def scrub(self, c: Continuation) -> None:
     """Zeroes the pages of a request that may have left NaNs there.
@@ -197,7 +199,9 @@ class Memory:
     """The prompt of the first continuation, while it holds it."""
     leader = c.request.continuations[0]
     shared = c.prompt_len - 1  # The last token's logits are wanted.
-    if leader is c or leader.num_computed < c.prompt_len or not leader.pages:
+    if leader is c or c.params.taps:
+      return None
+    if leader.num_computed < c.prompt_len or not leader.pages:
       return None
     whole, partial = divmod(shared, self._page_size)
     match = Match(leader.pages[:whole], whole * self._page_size)
@@ -207,7 +211,9 @@ class Memory:
     return match
 
   def _from_cache(self, c):
-    if self.prefix is None or c.params.prompt_logprobs is not None:
+    # What is found is not computed, and has no logits or states to return.
+    asks = c.params.prompt_logprobs is not None or c.params.taps
+    if self.prefix is None or asks:
       return Match([], 0)
     c.keys.update(c.tokens)
     return self.prefix.match(c.keys, len(c.tokens) - 1)

@@ -8,6 +8,7 @@ from typing import Any
 import warnings
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 class Programs:
@@ -78,6 +79,19 @@ class Programs:
 def _warn(name, future):
   if not future.cancelled() and future.exception() is not None:
     warnings.warn(f'{name} is not compiled: {future.exception()}', stacklevel=2)
+
+
+def use_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs of this process in a folder, and looks there.
+
+  The folder is JAX's, and so one for all programs of the process. Programs of
+  any size and compile time are kept.
+  """
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  # The folder of programs compiled before, if any, is held open.
+  compilation_cache.reset_cache()
 
 
 class NoCompiles:

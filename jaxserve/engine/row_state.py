@@ -1,12 +1,16 @@
-"""Makes and changes the `RowState` of an engine: what its rows keep on device.
+"""What the device keeps of the engine's rows between steps, and how it changes.
+
+Two arrays, as every array that a program is given costs the host some
+microseconds: the history, which steps write, and the words of everything else,
+which they read only where a row uses it.
 
 Letters: S rows, M longest sequence, C biased tokens, E stop tokens, V vocab,
-W = ceil(V / 32) words of a mask, T tokens, G masks set at once.
+W = ceil(V / 32) words of a mask, X = 2C + E + W, T tokens, G masks set at once.
 """
 
 from collections.abc import Sequence
 import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,15 @@ import numpy as np
 from jaxserve.samplers.base import RowState
 
 ALL_ALLOWED = np.uint32(0xFFFFFFFF)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowStore:
+  """A `RowState`, as it is kept."""
+
+  history: Int[Array, 'S M']
+  words: Int[Array, 'S X']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,55 +50,69 @@ class RowSizes:
   max_stop_ids: int
 
   @property
-  def num_words(self) -> int:
+  def num_mask_words(self) -> int:
     """W."""
     return -(-self.vocab_size // 32)
 
-  @property
-  def row_shapes(self) -> dict[str, tuple[int, ...]]:
-    """Where each field lies in the buffer of `set_row`, in order."""
-    return dict(
-      row=(),
-      history=(self.max_seq_len,),
-      bias_ids=(self.max_logit_bias,),
-      bias=(self.max_logit_bias,),
-      stop_ids=(self.max_stop_ids,),
-      mask=(self.num_words,),
+  @functools.cached_property
+  def columns(self) -> dict[str, slice]:
+    """Where each field lies in `RowStore.words`."""
+    widths = dict(
+      bias_ids=self.max_logit_bias,
+      bias=self.max_logit_bias,
+      stop_ids=self.max_stop_ids,
+      mask=self.num_mask_words,
     )
+    columns, end = {}, 0
+    for name, width in widths.items():
+      columns[name] = slice(end, end + width)
+      end += width
+    return columns
+
+  @property
+  def num_words(self) -> int:
+    """X."""
+    return self.columns['mask'].stop
 
   @property
   def row_size(self) -> int:
     """Length of the buffer of `set_row`."""
-    return sum(math.prod(shape) for shape in self.row_shapes.values())
+    return 1 + self.max_seq_len + self.num_words
 
 
 def allocate(
   sizes: RowSizes, sharding: jax.sharding.Sharding | None = None
-) -> RowState:
-  """The state of rows of which nothing is known."""
-  s = sizes
+) -> RowStore:
+  """Rows of which nothing is known."""
+  row = pack_row(sizes, 0)[1:]
 
   def make():
-    return RowState(
-      history=jnp.zeros((s.num_rows, s.max_seq_len), jnp.int32),
-      bias_ids=jnp.full((s.num_rows, s.max_logit_bias), -1, jnp.int32),
-      bias=jnp.zeros((s.num_rows, s.max_logit_bias), jnp.float32),
-      stop_ids=jnp.full((s.num_rows, s.max_stop_ids), -1, jnp.int32),
-      mask=jnp.full((s.num_rows, s.num_words), ALL_ALLOWED),
-    )
+    rows = jnp.tile(row, (sizes.num_rows, 1))
+    return RowStore(*jnp.split(rows, [sizes.max_seq_len], axis=1))
 
   return jax.jit(make, out_shardings=sharding)()
 
 
+def unpack(sizes: RowSizes, store: RowStore) -> RowState:
+  """What samplers read."""
+  bits = dict(bias=jnp.float32, mask=jnp.uint32)
+  fields = {
+    name: jax.lax.bitcast_convert_type(
+      store.words[:, columns], bits.get(name, jnp.int32)
+    )
+    for name, columns in sizes.columns.items()
+  }
+  return RowState(history=store.history, **fields)
+
+
 def record(
-  state: RowState,
+  history: Int[Array, 'S M'],
   row: Int[Array, 'T'],
   position: Int[Array, 'T'],
   token: Int[Array, 'T'],
-) -> RowState:
-  """Enters tokens in the history; rows past the last are dropped."""
-  history = state.history.at[row, position].set(token, mode='drop')
-  return dataclasses.replace(state, history=history)
+) -> Int[Array, 'S M']:
+  """Enters tokens; rows past the last are dropped."""
+  return history.at[row, position].set(token, mode='drop')
 
 
 def pack_row(
@@ -97,11 +124,11 @@ def pack_row(
   bias: Sequence[float] = (),
   stop_ids: Sequence[int] = (),
   mask: UInt32[np.ndarray, 'W'] | None = None,
-) -> np.ndarray:
-  """The buffer of `set_row`; see `Runner.set_row`.
+) -> Int[np.ndarray, 'Y']:
+  """The buffer of `set_row`: the row, its history, its words.
 
   Raises:
-    ValueError: More of something than the state has room for.
+    ValueError: More of something than there is room for.
   """
   if len(bias_ids) != len(bias):
     raise ValueError(f'{len(bias)} biases for {len(bias_ids)} tokens')
@@ -110,44 +137,47 @@ def pack_row(
   for (name, values), most in zip(given.items(), room, strict=True):
     if len(values) > most:
       raise ValueError(f'{len(values)} {name} in a row with room for {most}')
-  if mask is not None and np.shape(mask) != (sizes.num_words,):
+  if mask is not None and np.shape(mask) != (sizes.num_mask_words,):
     raise ValueError(
-      f'a mask of {sizes.vocab_size} tokens has {sizes.num_words} words, got '
-      f'shape {np.shape(mask)}'
+      f'a mask of {sizes.vocab_size} tokens has {sizes.num_mask_words} words, '
+      f'got shape {np.shape(mask)}'
     )
-  parts = {
-    name: np.full(shape, -1, np.int32)
-    for name, shape in sizes.row_shapes.items()
-  }
-  parts['row'][()] = row
-  parts['history'][: len(tokens)] = tokens
-  parts['bias_ids'][: len(bias)] = bias_ids
-  parts['bias'].view(np.float32)[: len(bias)] = bias
-  parts['stop_ids'][: len(stop_ids)] = stop_ids
-  if mask is not None:
-    parts['mask'].view(np.uint32)[:] = mask
-  return np.concatenate([x.ravel() for x in parts.values()])
+  buffer = np.full(sizes.row_size, -1, np.int32)
+  buffer[0] = row
+  buffer[1 : 1 + len(tokens)] = tokens
+  words = buffer[1 + sizes.max_seq_len :]
+  part = {name: words[columns] for name, columns in sizes.columns.items()}
+  part['bias_ids'][: len(bias)] = bias_ids
+  part['bias'].view(np.float32)[: len(bias)] = bias
+  part['stop_ids'][: len(stop_ids)] = stop_ids
+  part['mask'].view(np.uint32)[:] = ALL_ALLOWED if mask is None else mask
+  return buffer
 
 
 def set_row(
-  sizes: RowSizes, state: RowState, buffer: Int[Array, 'X']
-) -> RowState:
-  """Replaces everything that the state has of one row."""
-  parts, end = {}, 0
-  for name, shape in sizes.row_shapes.items():
-    start, end = end, end + math.prod(shape)
-    parts[name] = buffer[start:end].reshape(shape)
-  row = parts.pop('row')
+  sizes: RowSizes, store: RowStore, buffer: Int[Array, 'Y']
+) -> RowStore:
+  """Replaces everything that is kept of one row."""
+  row, rest = buffer[0], buffer[1:]
+  history, words = jnp.split(rest, [sizes.max_seq_len])
+  return RowStore(
+    store.history.at[row].set(history), store.words.at[row].set(words)
+  )
 
-  def put(old, new):
-    return old.at[row].set(jax.lax.bitcast_convert_type(new, old.dtype))
 
-  return RowState(**{k: put(getattr(state, k), v) for k, v in parts.items()})
+def pack_masks(
+  sizes: RowSizes, width: int, rows: Sequence[int], masks: np.ndarray
+) -> Int[np.ndarray, 'G Y']:
+  """The buffer of `set_masks`: a mask a line, and its row in the end."""
+  buffer = np.full((width, sizes.num_mask_words + 1), sizes.num_rows, np.int32)
+  buffer[: len(rows), :-1] = masks.view(np.int32)
+  buffer[: len(rows), -1] = rows
+  return buffer
 
 
 def set_masks(
-  state: RowState, rows: Int[Array, 'G'], masks: UInt32[Array, 'G W']
-) -> RowState:
+  sizes: RowSizes, words: Int[Array, 'S X'], buffer: Int[Array, 'G Y']
+) -> Int[Array, 'S X']:
   """Replaces the masks of some rows; rows past the last are dropped."""
-  mask = state.mask.at[rows].set(masks, mode='drop')
-  return dataclasses.replace(state, mask=mask)
+  at = words.at[buffer[:, -1], sizes.columns['mask']]
+  return at.set(buffer[:, :-1], mode='drop')

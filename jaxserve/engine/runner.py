@@ -7,7 +7,6 @@ error, never a compilation.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxserve.engine import drawing
+from jaxserve.engine import lowering
 from jaxserve.engine import page_copies
 from jaxserve.engine import row_state
 from jaxserve.engine.config import EngineConfig
@@ -22,13 +22,12 @@ from jaxserve.engine.drawing import Sampled
 from jaxserve.engine.layout import Layout
 from jaxserve.engine.programs import NoCompiles
 from jaxserve.engine.programs import Programs
+from jaxserve.engine.programs import use_compilation_cache
+from jaxserve.engine.row_state import RowStore
 from jaxserve.engine.step import Step
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding.partition import path_name
-
-# Masks of one `set_masks` call on the device; more take several.
-_MASKS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +35,16 @@ class StepResult:
   """What one step sampled, on its way to the host."""
 
   packed: jax.Array
+  taps: jax.Array | tuple[()]
   num_logprobs: int
 
   def read(self) -> Sampled:
     """Waits for it."""
     return drawing.unpack(np.asarray(self.packed), self.num_logprobs)
+
+  def read_taps(self) -> np.ndarray:
+    """Hidden states `[taps, T, D]` of all tokens, in the order of the step."""
+    return np.asarray(self.taps)
 
 
 class Runner:
@@ -55,6 +59,14 @@ class Runner:
     num_pages: Pages in the pool.
     max_seq_len: Longest request, in tokens.
     dtype: Compute dtype.
+
+  Attributes:
+    sizes: What a row has room for.
+    num_logprobs: Likeliest tokens that a step returns.
+    layouts: Of single steps, by tokens.
+    decode_layouts: Of several, by rows; none if `engine.decode_steps` is 1.
+    taps: Names of the hidden states that a step returns.
+    compile_s: Seconds until it could serve.
   """
 
   def __init__(
@@ -78,23 +90,45 @@ class Runner:
       max_seq_len=max_seq_len,
       dtype=dtype,
     )
+    if engine.compilation_cache is not None:
+      use_compilation_cache(engine.compilation_cache)
     self._params = params
     self._pages = self._step.allocate_pages()
-    self._state = self._step.allocate_state()
+    self._rows = self._step.allocate_rows()
     self._num_pages = num_pages
-    self._put = functools.partial(jax.device_put, device=self._step.replicated)
     self.sizes = self._step.sizes
     self.num_logprobs = self._step.num_logprobs
     self.layouts = self._step.layouts
+    self.decode_layouts = self._step.decode_layouts
+    self.taps = self._step.taps
     self._late = NoCompiles(engine.strict_compile)
     start = time.perf_counter()
-    self._programs = Programs(self._lowerings())
+    lower = lowering.lowerings(self._step, params, self._pages, self._rows)
+    # The smallest bucket can serve everything, chunk by chunk.
+    others = {x.name for x in self._all_layouts()} - {
+      self.layouts[min(self.layouts)].name
+    }
+    self._programs = Programs(
+      lower, lower.keys() - others if engine.background_compile else None
+    )
     self.compile_s = time.perf_counter() - start
 
   @property
   def num_programs(self) -> int:
     """Programs that run steps."""
-    return len(self.layouts)
+    return len(self._all_layouts())
+
+  @property
+  def max_ready_tokens(self) -> int:
+    """The most tokens that a step may have now.
+
+    Less than the largest bucket while that is compiled in the background.
+    """
+    return max(t for t, x in self.layouts.items() if self._is_ready(x))
+
+  def wait_until_ready(self) -> None:
+    """Until all programs are compiled; raises what kept one from it."""
+    self._programs.wait()
 
   @property
   def num_late_compiles(self) -> int:
@@ -116,17 +150,46 @@ class Runner:
     return self.cache_bytes // self._num_pages
 
   def layout_for(self, num_tokens: int) -> Layout:
-    """The smallest bucket that holds `num_tokens`."""
-    return self.layouts[min(t for t in self.layouts if t >= num_tokens)]
+    """The smallest compiled bucket that holds `num_tokens`.
+
+    Raises:
+      ValueError: There is none; see `max_ready_tokens`.
+    """
+    layout = self._best(self.layouts, num_tokens)
+    if layout is None:
+      raise ValueError(
+        f'no step of {num_tokens} tokens is compiled; the largest has '
+        f'{self.max_ready_tokens}'
+      )
+    return layout
+
+  def decode_layout_for(self, num_rows: int) -> Layout | None:
+    """The smallest of several steps in which `num_rows` decode, if compiled.
+
+    Token u of its buffer is that of sampled row u, at the position of the first
+    step; the rows need pages for all steps.
+    """
+    return self._best(self.decode_layouts, num_rows)
+
+  def watch(self) -> NoCompiles:
+    """A context in which compilations count as late."""
+    return self._late
 
   def run(self, layout: Layout, buffer: np.ndarray) -> StepResult:
-    """Dispatches one step and starts the copy of its tokens; does not wait."""
+    """Dispatches the step, or steps, of a layout; does not wait.
+
+    The buffer is the step's from now on.
+    """
+    rows = self._rows
     with self._late:
-      self._pages, self._state, packed = self._programs[layout.name](
-        self._params, self._pages, self._state, self._put(buffer)
+      # Programs copy what they are given of the host's memory much faster than
+      # `device_put` would.
+      self._pages, history, packed, taps = self._programs[layout.name](
+        self._params, self._pages, rows.history, rows.words, buffer
       )
       packed.copy_to_host_async()
-    return StepResult(packed, self.num_logprobs)
+    self._rows = RowStore(history, rows.words)
+    return StepResult(packed, taps, self.num_logprobs)
 
   def set_row(
     self,
@@ -164,37 +227,31 @@ class Runner:
       mask=mask,
     )
     with self._late:
-      self._state = self._programs['set_row'](self._state, self._put(buffer))
+      self._rows = self._programs['set_row'](self._rows, buffer)
 
   def set_masks(self, rows: Sequence[int], masks: np.ndarray) -> None:
     """Replaces the masks `[len(rows), W]` of different rows."""
-    width = self._masks_at_once
+    width = lowering.masks_at_once(self.sizes)
     for i in range(0, len(rows), width):
-      chunk = rows[i : i + width]
-      # The last column is the row.
-      buffer = np.full((width, self.sizes.num_words + 1), self.sizes.num_rows)
-      buffer = buffer.astype(np.uint32)
-      buffer[: len(chunk), -1] = chunk
-      buffer[: len(chunk), :-1] = masks[i : i + width]
+      buffer = row_state.pack_masks(
+        self.sizes, width, rows[i : i + width], masks[i : i + width]
+      )
       with self._late:
-        self._state = self._programs['set_masks'](
-          self._state, self._put(buffer)
-        )
+        words = self._programs['set_masks'](self._rows.words, buffer)
+      self._rows = RowStore(self._rows.history, words)
 
   def copy_pages(self, source: Sequence[int], target: Sequence[int]) -> None:
     """Copies pages within the pool; no page is both source and target."""
     copy = self._programs['copy_pages']
     for ids in page_copies.pairs(source, target, self._num_pages):
       with self._late:
-        self._pages = copy(self._pages, self._put(ids))
+        self._pages = copy(self._pages, ids)
 
   def read_pages(self, pages: Sequence[int]) -> page_copies.PagesInFlight:
     """Starts to copy pages to the host; they may be overwritten at once."""
     read = self._programs['read_pages']
     with self._late:
-      return page_copies.read(
-        lambda ids: read(self._pages, self._put(ids)), pages
-      )
+      return page_copies.read(lambda ids: read(self._pages, ids), pages)
 
   def write_pages(
     self, pages: Sequence[int], arrays: page_copies.HostPages
@@ -203,8 +260,7 @@ class Runner:
     write = self._programs['write_pages']
     for ids, part in page_copies.parts(pages, arrays, self._num_pages):
       with self._late:
-        part = jax.device_put(part, self._step.pool)
-        self._pages = write(self._pages, self._put(ids), part)
+        self._pages = write(self._pages, ids, part)
 
   def clear_pages(self, pages: Sequence[int]) -> None:
     """Zeroes pages."""
@@ -214,11 +270,11 @@ class Runner:
 
   def reset(self) -> None:
     """A new pool and row state, where a failed step has lost the old ones."""
-    for x in jax.tree.leaves((self._pages, self._state)):
+    for x in jax.tree.leaves((self._pages, self._rows)):
       if not x.is_deleted():
         x.delete()
     self._pages = self._step.allocate_pages()
-    self._state = self._step.allocate_state()
+    self._rows = self._step.allocate_rows()
 
   def update_params(self, params: Any) -> None:
     """Runs the next steps with other parameters: no copy, no compilation.
@@ -238,47 +294,41 @@ class Runner:
 
   def close(self) -> None:
     """Frees pages and row state; parameters belong to the caller."""
-    for x in jax.tree.leaves((self._pages, self._state)):
+    for x in jax.tree.leaves((self._pages, self._rows)):
       x.delete()
     self._programs.close()
     self._params = None
+
+  def _all_layouts(self):
+    return (*self.layouts.values(), *self.decode_layouts.values())
+
+  def _is_ready(self, layout):
+    return self._programs.is_ready(layout.name)
+
+  def _all_layouts(self):
+    return (*self.layouts.values(), *self.decode_layouts.values())
+
+  def _is_ready(self, layout):
+    return self._programs.is_ready(layout.name)
 
   @property
   def _masks_at_once(self):
     return min(_MASKS_AT_ONCE, self.sizes.num_rows)
 
-  def _lowerings(self):
-    step = self._step
+  @property
+  def _smallest(self):
+    return self.layouts[min(self.layouts)]
 
-    def lower_step(layout):
-      *_, buffer = step.abstract_args(layout)
-      return step.jitted(layout).lower(
-        self._params, self._pages, self._state, buffer
-      )
+  def _all_layouts(self):
+    return (*self.layouts.values(), *self.decode_layouts.values())
 
-    def lower_setter(function, shape, dtype):
-      buffer = jax.ShapeDtypeStruct(shape, dtype, sharding=step.replicated)
-      run = lambda state, buffer: step.pin(function(state, buffer))
-      return jax.jit(run, donate_argnums=0).lower(self._state, buffer)
+  def _is_ready(self, layout):
+    return self._programs.is_ready(layout.name)
 
-    sizes = self.sizes
-    masks = (self._masks_at_once, sizes.num_words + 1)
-    return {
-      layout.name: functools.partial(lower_step, layout)
-      for layout in self.layouts.values()
-    } | {
-      'set_row': lambda: lower_setter(
-        functools.partial(row_state.set_row, sizes), (sizes.row_size,), np.int32
-      ),
-      'set_masks': lambda: lower_setter(
-        lambda state, x: row_state.set_masks(
-          state, x[:, -1].astype(int), x[:, :-1]
-        ),
-        masks,
-        np.uint32,
-      ),
-      **page_copies.programs(self._pages, step.replicated),
-    }
+  def _best(self, layouts, size):
+    fitting = (t for t, x in layouts.items() if t >= size and self._is_ready(x))
+    best = min(fitting, default=None)
+    return None if best is None else layouts[best]
 
 
 def _difference(old, new):

@@ -15,13 +15,14 @@ import numpy as np
 from jaxserve import attention
 from jaxserve import samplers
 from jaxserve.cache import pages as pages_lib
+from jaxserve.engine import decode_loop
 from jaxserve.engine import drawing
 from jaxserve.engine import row_state
 from jaxserve.engine.config import EngineConfig
 from jaxserve.engine.layout import Layout
-from jaxserve.samplers.base import RowState
+from jaxserve.engine.row_state import RowStore
+from jaxtrain.models import transformer
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import constrainer
 from jaxtrain.sharding import named_sharding
@@ -57,11 +58,10 @@ class Step:
     # The flat batch of one step is not split; heads and features are.
     rules = serving_rules(rules, mesh, config)
     self._shard = constrainer(mesh, rules)
-    self._model = Transformer(config, dtype=dtype, shard=self._shard)
-    self.num_logprobs = min(engine.max_logprobs, config.vocab_size)
-    self._draw = drawing.drawing(
-      samplers.get(engine.sampler)(), mesh, self.num_logprobs
+    self._model = transformer.Transformer(
+      config, dtype=dtype, shard=self._shard
     )
+    self.num_logprobs = min(engine.max_logprobs, config.vocab_size)
     self._make_attend = attention.get(engine.attention)
     self.replicated = named_sharding(mesh, rules)
     self.pool = named_sharding(
@@ -84,74 +84,123 @@ class Step:
       engine.max_logit_bias,
       _MAX_STOP_IDS,
     )
-    self.allocate_state: Callable[[], RowState] = functools.partial(
+    self.allocate_rows: Callable[[], RowStore] = functools.partial(
       row_state.allocate, self.sizes, self.replicated
     )
-    pages_per_row = -(-max_seq_len // engine.page_size)
-    self.layouts = {
-      t: Layout(t, engine.max_num_requests, pages_per_row)
-      for t in engine.buckets
-    }
+    self._draw = drawing.drawing(
+      samplers.get(engine.sampler)(), self.sizes, mesh, self.num_logprobs
+    )
+    self.taps = tuple(engine.taps)
+    if unknown := set(self.taps) - set(transformer.tap_names(config)):
+      raise ValueError(
+        f'taps {sorted(unknown)} are not among '
+        f'{transformer.tap_names(config)} of the model'
+      )
+    self._page_size = engine.page_size
+    self.layouts, self.decode_layouts = _layouts(engine, max_seq_len)
 
   def jitted(self, layout: Layout) -> Callable[..., Any]:
-    """`step(params, pages, state, buffer)` of one bucket.
+    """`step(params, pages, history, words, buffer)` of one layout.
 
-    Pages and row state are donated and come back first and second; the third
-    result is what `drawing.unpack` reads.
+    Pages and history are donated and come back first and second; the third
+    result is what `drawing.unpack` reads. The fourth are the taps, one array
+    `[taps, T, D]`, or `()` if there are none or the layout has several steps.
     """
-    return jax.jit(functools.partial(self._run, layout), donate_argnums=(1, 2))
+    run = self._run if layout.num_steps == 1 else self._run_many
+    return jax.jit(functools.partial(run, layout), donate_argnums=(1, 2))
 
   def abstract_args(self, layout: Layout) -> tuple[Any, ...]:
     """Shapes of the arguments of `jitted` after the parameters."""
+    rows = self._abstract(self.allocate_rows, self.replicated)
     return (
-      self.abstract(self.allocate_pages, self.pool),
-      self.abstract(self.allocate_state, self.replicated),
-      self.abstract(lambda: jnp.zeros(layout.size, jnp.int32), self.replicated),
+      self._abstract(self.allocate_pages, self.pool),
+      rows.history,
+      rows.words,
+      jax.ShapeDtypeStruct((layout.size,), np.int32, sharding=self.replicated),
     )
 
-  def abstract(self, make: Callable[[], Any], sharding: Any) -> Any:
-    """Shapes of what `make` would make."""
+  def _abstract(self, make, sharding):
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       jax.eval_shape(make),
     )
 
-  def pin(self, tree: Any) -> Any:
-    """The same on every device."""
+  def _pin(self, tree):
     pin = lambda x: jax.lax.with_sharding_constraint(x, self.replicated)
     return jax.tree.map(pin, tree)
 
-  def _run(self, layout, params, pages, state, buffer):
-    fields = layout.unpack(buffer)
-    pages, state, _, packed = self._once(layout, params, pages, state, fields)
-    return pages, self.pin(state), self.pin(packed)
-
-  def _once(self, layout, params, pages, state, f):
-    row, positions = f['token_row'], f['positions']
-    known = f['tokens']
-    tokens = jnp.where(known < 0, state.history[row, positions], known)
-    num_rows = layout.num_rows
-    state = row_state.record(
-      state, jnp.where(f['slot'] < 0, num_rows, row), positions, tokens
-    )
-    batch = layout.batch(f, tokens)
-    logits, pages = self._model.apply(
-      {'params': params},
-      batch.tokens[None],
-      batch.positions[None],
-      self._make_attend(batch, self._shard),
+  def _run(self, layout, params, pages, history, words, buffer):
+    pages, history, _, *told = self._once(
+      layout,
+      params,
       pages,
-      select=lambda x: x[:, f['sample_index']],
+      RowStore(history, words),
+      layout.unpack(buffer),
+      self.taps,
+    )
+    return pages, *self._pin((history, *told))
+
+  def _run_many(self, layout, params, pages, history, words, buffer):
+    def once(pages, history, fields):
+      store = RowStore(history, words)
+      return self._once(layout, params, pages, store, fields)[:4]
+
+    pages, history, packed = decode_loop.decode(
+      once, layout, layout.unpack(buffer), self._page_size, pages, history
+    )
+    return pages, *self._pin((history, packed, ()))
+
+  def _once(self, layout, params, pages, store, f, taps=()):
+    """One step: pages, history, what is drawn, what is told, taps."""
+    history, row, positions = store.history, f['token_row'], f['positions']
+    tokens = jnp.where(f['tokens'] < 0, history[row, positions], f['tokens'])
+    num_rows = layout.num_rows
+    row = jnp.where(f['slot'] < 0, num_rows, row)
+    history = row_state.record(history, row, positions, tokens)
+    logits, pages, tapped = self._forward(
+      params, pages, layout.batch(f, tokens), f['sample_index'], taps
     )
     rows = layout.rows(f)
     wanted = drawing.Wanted(
       f['num_logprobs'], f['target'], f['wants_processed']
     )
-    tokens, packed = self._draw(logits[0], rows, wanted, state)
+    tokens, packed = self._draw(
+      logits, rows, wanted, RowStore(history, store.words)
+    )
     # What follows a target is known, and has its place in the history.
     row = jnp.where(f['target'] < 0, rows.row, num_rows)
-    state = row_state.record(state, row, rows.position, tokens)
-    return pages, state, tokens, packed
+    history = row_state.record(history, row, rows.position, tokens)
+    return pages, history, tokens, packed, tapped
+
+  def _forward(self, params, pages, batch, index, taps):
+    args = (
+      {'params': params},
+      batch.tokens[None],
+      batch.positions[None],
+      self._make_attend(batch, self._shard),
+      pages,
+    )
+    select = lambda x: x[:, index]
+    if not taps:
+      logits, pages = self._model.apply(*args, select=select)
+      return logits[0], pages, ()
+    (logits, pages), variables = self._model.apply(
+      *args, select=select, mutable=['intermediates']
+    )
+    states = transformer.taps(variables['intermediates'], taps)
+    return logits[0], pages, jnp.concatenate(states)
+
+
+def _layouts(engine, max_seq_len):
+  """Of single steps by tokens, and of several by rows that decode."""
+  rows, pages = engine.max_num_requests, -(-max_seq_len // engine.page_size)
+  single = {t: Layout(t, rows, pages) for t in engine.buckets}
+  if engine.decode_steps == 1:
+    return single, {}
+  return single, {
+    t: Layout(t, rows, pages, engine.decode_steps, _MAX_STOP_IDS)
+    for t in sorted({min(t, rows) for t in engine.buckets})
+  }
 
 
 def serving_rules(

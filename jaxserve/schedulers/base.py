@@ -6,7 +6,7 @@ nothing of devices, so the same function runs live and in a simulator.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Budget:
     now_s: The time, in seconds, on the engine's clock.
     num_cached: Of a waiting request, how many tokens of its prompt are in the
       prefix cache now.
+    num_shared: Of these tokens, how many are in pages that a running request
+      holds: they take nothing of `free_pages`.
   """
 
   max_tokens: int
@@ -74,6 +76,23 @@ class Budget:
   page_size: int
   now_s: float = 0.0
   num_cached: Callable[[Request], int] = lambda request: 0
+  num_shared: Callable[[Request], int] = lambda request: 0
+
+  def start(self, request: Request) -> int:
+    """The first token of a request that has to be computed.
+
+    The last token is computed even if it is cached: it is sampled from.
+    """
+    if request.is_running or request.num_computed:
+      return request.num_computed
+    return max(0, min(self.num_cached(request), request.num_tokens - 1))
+
+  def num_new_pages(self, request: Request, num_tokens: int) -> int:
+    """Free pages it needs to hold its first `num_tokens` tokens."""
+    held = request.num_pages
+    if not (request.is_running or request.num_computed):
+      held = min(self.num_shared(request), num_tokens) // self.page_size
+    return max(0, -(-num_tokens // self.page_size) - held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +102,9 @@ class Plan:
   Attributes:
     run: Request id -> number of its tokens to compute, at most. A waiting
       request whose prompt is partly cached starts behind what is cached, and a
-      request that finds no room after all waits for the next step.
+      request that finds no room after all waits for the next step. (Pages that
+      a preempted one shares are not freed: then nobody may find room, and the
+      next plan, which sees that, runs somebody.)
     preempt: Requests to stop now; their pages are freed before `run` takes
       new ones. Whether they are computed again or their pages swapped to the
       host is the engine's choice.
@@ -100,44 +121,99 @@ class Scheduler(Protocol):
   def __call__(self, requests: Sequence[Request], budget: Budget) -> Plan: ...
 
 
-def admit(ordered: Sequence[Request], budget: Budget, chunk: int) -> Plan:
+def admit(
+  ordered: Sequence[Request],
+  budget: Budget,
+  chunk: int,
+  *,
+  idle: Sequence[Request] = (),
+  rank: Callable[[Request], Any] = lambda r: r.arrival,
+  expected_pages: Callable[[Request], int] = lambda r: 0,
+  displace: bool = False,
+) -> Plan:
   """Plans requests in the given order until a limit is reached.
 
-  A running request that lacks a page takes those of the newest running request
-  not yet planned, if that one is newer than itself. So the first running
-  request of `ordered` can always go on, and every request finishes, provided
-  each alone fits the pool. A waiting request comes in only if, after its first
-  chunk, one page is left for each running one; else it would soon be preempted
-  again.
+  A running request that lacks pages takes those of running ones of larger rank
+  that are not planned yet, the largest first, if that is enough. So the running
+  request of smallest rank goes on, at the latest when those planned before it
+  have finished or lack a page; and every request that runs finishes, provided
+  each alone fits the pool and ranks do not change.
+
+  A waiting request comes in if, after its first chunk, each running one has the
+  pages left that it is expected to take, and at least one; else it would soon
+  be preempted again. The first that finds no room keeps out those after it:
+  large ones would starve behind small ones. A prompt leaves one token of the
+  budget to each decode after it.
+
+  Args:
+    ordered: Requests to plan.
+    budget: Limits of the step.
+    chunk: Tokens of one request that the step computes at most.
+    idle: Running requests that sit this step out. They keep their rows, and
+      their pages unless these are taken.
+    rank: The smaller, the longer a request keeps its pages. No ties.
+    expected_pages: Pages a request is expected to hold in the end.
+    displace: Whether a waiting request, too, takes rows and pages of running
+      ones of larger rank.
   """
   run: dict[int, int] = {}
-  preempt: list[int] = []
-  tokens, free = budget.max_tokens, budget.free_pages
-  victims = sorted(
-    (r for r in ordered if r.is_running), key=lambda r: r.arrival
-  )
-  num_running = len(victims)
+  preempt: list[Request] = []
+  running = {r.id: r for r in (*ordered, *idle) if r.is_running}
+  more = {
+    i: max(expected_pages(r) - r.num_pages, 1) for i, r in running.items()
+  }
+  num_decoding = sum(r.is_decoding for r in ordered)
+  tokens, free, is_full = budget.max_tokens, budget.free_pages, False
   for r in ordered:
-    count = min(r.remaining, chunk, tokens)
-    if r.id in preempt or count < 1:
+    if tokens < 1:
+      break
+    num_decoding -= r.is_decoding
+    if r in preempt or (is_full and not r.is_running):
       continue
-    need = -(-(r.num_computed + count) // budget.page_size) - r.num_pages
-    if r.is_running:
-      while need > free and victims and victims[-1].arrival > r.arrival:
-        victim = victims.pop()
-        if victim.id not in run:
-          preempt.append(victim.id)
-          free += victim.num_pages
-          num_running -= 1
-    elif (
-      preempt or num_running == budget.max_requests or need + num_running > free
-    ):
+    start = budget.start(r)
+    left = tokens if r.is_decoding else max(tokens - num_decoding, 1)
+    count = min(r.num_tokens - start, chunk, left)
+    if count < 1:
       continue
-    else:
-      num_running += 1
-    if need > free:
+    need = budget.num_new_pages(r, start + count)
+    pages, rows = need - free, 0
+    if not r.is_running:
+      # Who was just preempted comes before anybody who ranks after it.
+      is_full = any(not displace or rank(v) < rank(r) for v in preempt)
+      rows = len(running) + 1 - budget.max_requests
+      if running:
+        pages += max(expected_pages(r) - need, 0) + sum(more.values())
+    freed = []
+    if pages > 0 or rows > 0:
+      may_take = [
+        v
+        for v in sorted(running.values(), key=rank)
+        if v.id not in run and rank(v) > rank(r) and (r.is_running or displace)
+      ]
+      freed = _enough(may_take, pages, rows, {} if r.is_running else more)
+    if freed is None or (is_full and not r.is_running):
+      is_full = is_full or not r.is_running
       continue
+    for v in freed:
+      del running[v.id], more[v.id]
+      free += v.num_pages
+    preempt += freed
+    running[r.id] = r
+    more[r.id] = max(expected_pages(r) - r.num_pages - need, 1)
     run[r.id] = count
     tokens -= count
-    free -= max(need, 0)
-  return Plan(run, tuple(preempt))
+    free -= need
+  return Plan(run, tuple(r.id for r in preempt))
+
+
+def _enough(victims, pages, rows, more):
+  """The last of `victims` that make up for lacking pages and rows, if any."""
+  taken = []
+  while pages > 0 or rows > 0:
+    if not victims:
+      return None
+    victim = victims.pop()
+    taken.append(victim)
+    pages -= victim.num_pages + more.get(victim.id, 0)
+    rows -= 1
+  return taken

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, D model, V vocab, L layers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -76,7 +77,9 @@ class Block(nn.Module):
       )(y)
     if c.post_norms:
       y = norm('post_mlp_norm', y)
-    return (x + y, cache), None
+    x = x + y
+    self.sow('intermediates', 'output', x)
+    return (x, cache), None
 
 
 class Transformer(nn.Module):
@@ -84,6 +87,9 @@ class Transformer(nn.Module):
 
   `init` and `apply` are pure; parameters are a plain pytree (after
   `nn.unbox`), layers stacked in a leading dimension L.
+
+  `apply(..., mutable=['intermediates'])` also returns the hidden states, all
+  `[B, T, D]`, of `taps`; without it nothing of the kind is computed.
 
   Attributes:
     config: Architecture.
@@ -143,13 +149,14 @@ class Transformer(nn.Module):
     if c.embed_scale:
       # The scale is rounded to the compute dtype, as Gemma was trained.
       x = x * jnp.asarray(c.embed_dim**0.5, self.dtype)
+    self.sow('intermediates', 'embeddings', x)
     layers, rope_tables = self._layers(positions)
     block = Block
     if self.remat is not None:
       block = nn.remat(Block, prevent_cse=False, policy=self.remat)
     scanned = nn.scan(
       block,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'intermediates': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
@@ -158,11 +165,15 @@ class Transformer(nn.Module):
     (x, cache), _ = scanned(
       config=c, attend=attend, shard=self.shard, name='layers', **common
     )((x, cache), layers, positions, rope_tables)
+    final_norm = RMSNorm(
+      epsilon=c.norm_eps, plus_one=c.norm_plus_one, name='final_norm', **common
+    )
+    if self.is_mutable_collection('intermediates'):
+      # Of all tokens, whichever are selected.
+      self.sow('intermediates', 'final_norm_output', final_norm(x))
     if select is not None:
       x = select(x)
-    x = RMSNorm(
-      epsilon=c.norm_eps, plus_one=c.norm_plus_one, name='final_norm', **common
-    )(x)
+    x = final_norm(x)
     if not c.tie_embeddings:
       head = Unembed(c.vocab_size, self.param_dtype, name='unembed')(
         c.embed_dim
@@ -213,6 +224,34 @@ class Unembed(nn.Module):
       (embed_dim, self.vocab_size),
       self.param_dtype,
     )
+
+
+def tap_names(config: ModelConfig) -> tuple[str, ...]:
+  """Names of the hidden states that `taps` can return."""
+  layers = (f'layers.{i}.output' for i in range(config.num_layers))
+  return ('embeddings', *layers, 'final_norm')
+
+
+def taps(
+  intermediates: Any, names: Sequence[str]
+) -> tuple[Float[Array, 'B T D'], ...]:
+  """Hidden states by name, of the 'intermediates' of `Transformer.apply`.
+
+  The residual stream before the first layer is 'embeddings', and after layer i
+  'layers.<i>.output'; 'final_norm' is what the output head maps to logits.
+
+  Args:
+    intermediates: The collection.
+    names: Of `tap_names`.
+  """
+
+  def one(name):
+    if name.startswith('layers.'):
+      return intermediates['layers']['output'][0][int(name.split('.')[1])]
+    # A module has the name 'final_norm' already.
+    return intermediates[name if name == 'embeddings' else f'{name}_output'][0]
+
+  return tuple(one(name) for name in names)
 
 
 def output_head(params: Any) -> jax.Array:

@@ -4,7 +4,9 @@ Prefill chunks, decodes and everything between in one call whose contents are
 known only when it runs, as in Jiang et al., "Ragged Paged Attention",
 https://arxiv.org/abs/2604.15464. Here the page table stays in HBM, and the
 chunks of all sequences form one stream, see `pallas_tpu_stream`; on chips of
-two cores that work as one, each takes half of the stream.
+two cores that work as one, each takes half of the stream, and half of the keys
+of a long decode (Dao et al., "Flash-Decoding for long-context inference",
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 Deviations: keys and values are stored by a kernel before this one; queries are
 read where the results are written, so that rows of no sequence stay finite.
@@ -27,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from pallas_kernels.common import chip as chip_lib
+from pallas_kernels.common import online_softmax
 from pallas_kernels.common import tuned
 from pallas_kernels.common import varying
 from pallas_kernels.common.dispatch import dispatch
@@ -94,10 +97,9 @@ def ragged_paged_attention(
   """
   _check(q, k_pages, k_scales, tree_mask)
   chip = chip_lib.current()
+  op = 'ragged_paged_attention'
   if config is None:
-    config = tuned.lookup(
-      'ragged_paged_attention', chip.name, features(q, k_pages)
-    )
+    config = tuned.lookup(op, chip.name, features(q, k_pages))
   plan = plan_lib.plan_for(
     chip,
     config,
@@ -125,7 +127,9 @@ def ragged_paged_attention(
     tree_mask=_word_rows(tree_mask),
     sinks=_sink_rows(sinks, plan),
   )
-  out, lse = _call(plan, chip, inputs)
+  out, lse, parts = _call(plan, chip, inputs)
+  if parts:
+    out, lse = _with_shared_decode(plan, out, lse, *parts)
   of_token = lambda x: x.reshape(q.shape[0], plan.rows, -1)[:, : q.shape[1]]
   if not return_lse:
     return of_token(out)
@@ -234,8 +238,26 @@ def _in_hbm(x):
   return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
+def _with_shared_decode(plan, out, lse, outs, lses):
+  """Puts the parts of the decode that two cores shared, if any, together."""
+  outs = outs.reshape(plan.cores, plan.rows, -1)
+  lses = lses.reshape(plan.cores, plan.rows, -1)
+  merged = online_softmax.merge(outs[0], lses[0, :, 0], outs[1], lses[1, :, 0])
+  token = lses[0, 0, decode.TOKEN_LANE].astype(jnp.int32)
+  start = jnp.maximum(token, 0) * plan.rows
+
+  def put(x, rows):
+    rows = jnp.broadcast_to(rows.astype(x.dtype), (plan.rows, x.shape[1]))
+    old = lax.dynamic_slice_in_dim(x, start, plan.rows)
+    rows = jnp.where(token >= 0, rows, old)
+    return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+  out = put(out, merged[0])
+  return out, None if lse is None else put(lse, merged[1][:, None])
+
+
 def _call(plan, chip, inputs):
-  """The kernel's results: rows of heads, and their log-sum-exp or `None`."""
+  """Rows of heads; their log-sum-exp or `None`; the parts of a decode."""
   inputs = {name: x for name, x in inputs.items() if x is not None}
   values = varying.vary_alike(*inputs.values())
   inputs = {
@@ -246,7 +268,7 @@ def _call(plan, chip, inputs):
   vectors = plan_lib.scratch(plan, q.dtype, inputs['k_pages'].dtype)
   dma = pltpu.SemaphoreType.DMA
   scratch = dict(
-    items=pltpu.SMEM((plan.ring, 8), jnp.int32),
+    items=pltpu.SMEM((plan.ring, len(stream.FIELDS)), jnp.int32),
     pending=pltpu.SMEM((2,), jnp.int32),
     table=pltpu.SMEM((plan.ring * plan_lib.TABLE_ROW,), jnp.int32),
     table_sem=dma((plan.ring,)),
@@ -255,10 +277,7 @@ def _call(plan, chip, inputs):
     result_sem=dma((2,)),
     **{name: pltpu.VMEM(*v) for name, v in vectors.items()},
   )
-  results = dict(out=varying.shape(q.shape, q.dtype, q))
-  if plan.return_lse:
-    shape = q.shape[0], _LANES
-    results['lse'] = varying.shape(shape, jnp.float32, q)
+  results = _results(plan, q)
   in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   in_vmem = pl.BlockSpec(memory_space=pltpu.VMEM)
   names = [*inputs, *results, *scratch]
@@ -290,23 +309,39 @@ def _call(plan, chip, inputs):
       disable_bounds_checks=True,
     ),
   )(*inputs.values())
-  return out if plan.return_lse else (*out, None)
+  found = dict(zip(results, out, strict=True))
+  names = ('part_outs', 'part_lses') if plan.shares_decode else ()
+  return found['out'], found.get('lse'), [found[name] for name in names]
+
+
+def _results(plan, q):
+  results = dict(out=varying.shape(q.shape, q.dtype, q))
+  if plan.return_lse:
+    shape = q.shape[0], _LANES
+    results['lse'] = varying.shape(shape, jnp.float32, q)
+  if plan.shares_decode:
+    for name, width in ('part_outs', plan.head_dim), ('part_lses', _LANES):
+      shape = plan.cores * plan.rows, width
+      results[name] = varying.shape(shape, jnp.float32, q)
+  return results
 
 
 def ragged_paged_attention_kernel(refs, plan):
   """Runs the stream: items are known, then fetched, then computed."""
   for slot in range(2):
     refs.pending[slot] = 0
-  begin, end = stream.share_of_core(refs, plan)
-  cursor = (*begin, jnp.int32(-1), jnp.int32(0))
+  share = stream.share_of_core(refs, plan)
+  if plan.shares_decode:
+    decode.clear_part(refs)
+  cursor = (*share[0], jnp.int32(0))
   for i in range(plan.buffers):
-    cursor = stream.generate(refs, plan, jnp.int32(i), cursor, end)
+    cursor = stream.generate(refs, plan, jnp.int32(i), cursor, share)
   for i in range(plan.buffers - 1):
     stream.fetch(refs, plan, jnp.int32(i))
 
   def step(state):
     i, _, *cursor = state
-    cursor = stream.generate(refs, plan, i + plan.buffers, cursor, end)
+    cursor = stream.generate(refs, plan, i + plan.buffers, cursor, share)
     stream.fetch(refs, plan, i + plan.buffers - 1)
     _attend(refs, plan, i)
     following = stream.load_item(refs, plan, i + 1)
@@ -318,6 +353,8 @@ def ragged_paged_attention_kernel(refs, plan):
   )
   for slot in range(2):
     stream.wait_for_results(refs, plan, slot)
+  if plan.shares_decode:
+    stream.write_part(refs, plan)
 
 
 def _attend(refs, plan, i):
@@ -338,6 +375,11 @@ def _attend(refs, plan, i):
     softmax.flatten_scales(refs, plan, i, item)
   pl.when(is_decode)(lambda: decode.step(refs, plan, i, item))
   pl.when(~is_decode)(lambda: tile.step(refs, plan, i, item))
+
+  if plan.shares_decode:
+    is_part = item.part != stream.WHOLE
+    pl.when(is_last & is_part)(lambda: decode.end_part(refs, plan, item))
+    is_last &= ~is_part
 
   @pl.when(is_last)
   def _():

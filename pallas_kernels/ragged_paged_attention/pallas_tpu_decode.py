@@ -17,6 +17,9 @@ from pallas_kernels.ragged_paged_attention import pallas_tpu_softmax as softmax
 from pallas_kernels.ragged_paged_attention import pallas_tpu_stream as stream
 from pallas_kernels.ragged_paged_attention.pallas_tpu_plan import Plan
 
+# Of the log-sum-exps of a part of a decode: which token it is, or -1.
+TOKEN_LANE = 1
+
 
 def begin(refs: Any, plan: Plan, item: stream.Item) -> None:
   """Block-diagonal queries, and the softmax of no keys."""
@@ -32,6 +35,12 @@ def begin(refs: Any, plan: Plan, item: stream.Item) -> None:
     plan, refs, slice(None), plan.rows
   )
   refs.row_acc[...] = jnp.zeros(refs.row_acc.shape, jnp.float32)
+  if plan.shares_decode and plan.has_sinks:
+
+    @pl.when(item.part == stream.SECOND)
+    def _():
+      # The first part has the sinks.
+      refs.row_l[...] = jnp.zeros(refs.row_l.shape, jnp.float32)
 
 
 def step(refs: Any, plan: Plan, i: jax.Array, item: stream.Item) -> None:
@@ -108,3 +117,20 @@ def end(refs: Any, plan: Plan, item: stream.Item) -> None:
   refs.results[slot, pl.ds(0, plan.rows)] = out.astype(refs.results.dtype)
   if plan.return_lse:
     refs.lses[slot, pl.ds(0, plan.rows)] = lse
+
+
+def clear_part(refs: Any) -> None:
+  """No decode is shared."""
+  refs.part_out[...] = jnp.zeros(refs.part_out.shape, jnp.float32)
+  refs.part_lse[...] = jnp.full(refs.part_lse.shape, -1, jnp.float32)
+
+
+def end_part(refs: Any, plan: Plan, item: stream.Item) -> None:
+  """Leaves the result of a part of the keys, and of which token it is."""
+  inverse, lse = softmax.result(refs.row_m[...], refs.row_l[...])
+  factor = softmax.tiled(inverse, plan.head_dim)
+  refs.part_out[...] = refs.row_acc[...] * factor
+  lane = lax.broadcasted_iota(jnp.int32, lse.shape, 1)
+  # Exact in float32.
+  token = jnp.full(lse.shape, item.row, jnp.int32).astype(jnp.float32)
+  refs.part_lse[...] = jnp.where(lane == TOKEN_LANE, token, lse)

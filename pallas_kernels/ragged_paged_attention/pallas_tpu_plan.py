@@ -17,9 +17,14 @@ WORD_ROWS = 8
 _LANES = 128
 _TWO_CORES = ('v4', 'v5p')
 _DEFAULT = dict(chunk_kib=4096, rows=1024, buffers=2, tile_cost=6)
+# Of 16 MiB of VMEM, queries need more than keys; their tiles are small.
+_OF_CHIP = {'v4': dict(chunk_kib=1024, tile_cost=2)}
 _CHUNK_KEYS = 128, 4096
 _LEAST_QUERIES = 8
 _FEW_QUERIES = 32
+# So many decodes can be divided among cores as they are. To share one takes
+# small programs that join its parts, and makes it depend on the others.
+_MANY_DECODES = 16
 _STEP_BYTES = 16 * 2**20
 
 
@@ -39,6 +44,7 @@ class Plan:
     queries: Of a tile.
     buffers: Chunks in VMEM at a time.
     cores: That share the work.
+    shares_decode: Whether they may share the keys of one decode.
     tile_cost: Time for a chunk of a tile over that for one of a decode.
     scale: Factor on the logits.
     soft_cap: Of the logits, or `None`.
@@ -60,6 +66,7 @@ class Plan:
   queries: int
   buffers: int
   cores: int
+  shares_decode: bool
   tile_cost: int
   scale: float = 1.0
   soft_cap: float | None = None
@@ -102,7 +109,7 @@ def plan_for(
 
   Args:
     chip: What the kernel is for.
-    config: Overrides `_DEFAULT`.
+    config: Overrides what the chip has by default.
     q: Queries; an array or its `jax.ShapeDtypeStruct`, as the others.
     k_pages: Keys.
     page_table: Pages of each sequence.
@@ -111,7 +118,7 @@ def plan_for(
   Raises:
     NotImplementedError: Even the smallest one does not fit the chip's VMEM.
   """
-  config = {**_DEFAULT, **config}
+  config = {**_DEFAULT, **_OF_CHIP.get(chip.name, {}), **config}
   num_tokens, num_heads, head_dim = q.shape
   num_kv, page_size = k_pages.shape[2:4]
   group = num_heads // num_kv
@@ -129,6 +136,9 @@ def plan_for(
   average = max(4 * num_tokens // num_seqs, num_tokens // 8, _FEW_QUERIES)
   queries = min(config['rows'] // group, 2 * average - 1, 2 * num_tokens - 1)
   queries = max(_power_of_two(queries), _LEAST_QUERIES)
+  cores = 2 if chip.name in _TWO_CORES else 1
+  shares_decode = cores > 1 and min(num_seqs, num_tokens) < _MANY_DECODES
+  shares_decode &= pages < pages_per_seq and not static.get('tree_words')
   plan = Plan(
     num_seqs=num_seqs,
     num_kv=num_kv,
@@ -140,7 +150,8 @@ def plan_for(
     table_rows=-(-pages_per_seq // TABLE_ROW),
     queries=queries,
     buffers=config['buffers'],
-    cores=2 if chip.name in _TWO_CORES else 1,
+    cores=cores,
+    shares_decode=shares_decode,
     tile_cost=config['tile_cost'],
     **static,
   )
@@ -193,6 +204,8 @@ def scratch(
   if p.tree_words:
     words = (p.buffers, p.queries * WORD_ROWS, _LANES)
     shapes['words'] = (words, jnp.int32)
+  if p.shares_decode:
+    shapes |= dict(part_out=((p.rows, p.head_dim), f32), part_lse=(of_row, f32))
   if p.return_lse:
     shapes['lses'] = ((2, results, _LANES), f32)
   return shapes

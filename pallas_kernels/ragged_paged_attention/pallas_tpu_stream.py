@@ -24,7 +24,7 @@ from pallas_kernels.ragged_paged_attention.pallas_tpu_plan import WORD_ROWS
 from pallas_kernels.ragged_paged_attention.pallas_tpu_plan import Plan
 
 # Words of an item in SMEM.
-_FIELDS = (
+FIELDS = (
   'seq',
   'row',
   'count',
@@ -32,8 +32,14 @@ _FIELDS = (
   'chunk',
   'is_first',
   'is_last',
+  'part',
   'tile',
 )
+# What a core has of a tile: all keys, or the first or second part of them.
+WHOLE, FIRST, SECOND = range(3)
+# A decode is shared if that saves more than a part of this many: where it is
+# shared depends on the rest of the batch, and so do its result's last bits.
+_WORTH = 8
 # Pages whose copies are started in one go.
 _UNROLL = 8
 
@@ -48,8 +54,9 @@ class Item:
     count: Queries of the tile; 0 where the stream has ended.
     position: Of the first query in its sequence.
     chunk: Which chunk of the sequence.
-    is_first: Of the tile.
-    is_last: Of the tile.
+    is_first: Of this core's part of the tile.
+    is_last: Of this core's part of the tile.
+    part: `WHOLE`, or which half of a decode that two cores share.
     tile: Number of the tile in the stream.
   """
 
@@ -60,13 +67,14 @@ class Item:
   chunk: jax.Array
   is_first: jax.Array
   is_last: jax.Array
+  part: jax.Array
   tile: jax.Array
 
 
 def load_item(refs: Any, plan: Plan, i: jax.Array) -> Item:
   """Item `i` of the stream, which has been generated."""
   slot = lax.rem(i, plan.ring)
-  return Item(*(refs.items[slot, f] for f in range(len(_FIELDS))))
+  return Item(*(refs.items[slot, f] for f in range(len(FIELDS))))
 
 
 def for_pieces(
@@ -125,39 +133,57 @@ def _next_tile(refs, plan, seq, j):
 
 
 def share_of_core(refs: Any, plan: Plan) -> tuple[Any, Any]:
-  """The (sequence, tile) where this core's work begins, and where it ends."""
+  """The (sequence, tile, chunk) where this core's work begins and ends.
+
+  Chunk -1 is a tile's first. Two cores share the keys of the decode in the
+  middle if one of them would else have much more to do than the other.
+  """
   begin = _next_sequence(refs, plan, jnp.int32(0)), jnp.int32(0)
   end = jnp.int32(plan.num_seqs), jnp.int32(0)
+  nothing = jnp.int32(-1)
   if plan.cores == 1:
-    return begin, end
+    return (*begin, nothing), (*end, nothing)
 
   def walk(limit):
-    """First tile at which `limit` is reached, and the cost before it."""
+    """First tile before which the cost is `limit`; the one before; costs."""
 
     def go_on(state):
-      seq, _, cost = state
-      return (seq < plan.num_seqs) & (cost < limit)
+      return (state[0] < plan.num_seqs) & (state[2] < limit)
 
     def step(state):
-      seq, j, cost = state
+      seq, j, cost, *_ = state
       _, _, first, last = _tile(refs, plan, seq, j)
       num_queries, _ = _sequence(refs, plan, seq)
       each = jnp.where(num_queries == 1, 1, plan.tile_cost)
-      return *_next_tile(refs, plan, seq, j), cost + each * (last - first + 1)
+      after = cost + each * (last - first + 1)
+      return *_next_tile(refs, plan, seq, j), after, seq, j, cost
 
-    return lax.while_loop(go_on, step, (*begin, jnp.int32(0)))
+    zero = jnp.int32(0)
+    return lax.while_loop(go_on, step, (*begin, zero, *begin, zero))
 
   total = walk(jnp.int32(2**31 - 1))[2]
-  seq, j, _ = walk(lax.div(total + 1, jnp.int32(2)))
+  half = lax.div(total + 1, jnp.int32(2))
+  seq, j, cost, middle, tile, before = walk(half)
+  at = seq, j, nothing
+  if plan.shares_decode:
+    num_queries, _ = _sequence(refs, plan, middle)
+    is_shared = (num_queries == 1) & ((cost - half) * _WORTH > half)
+    _, _, first, _ = _tile(refs, plan, middle, tile)
+    within = middle, tile, first + half - before
+    at = tuple(
+      jnp.where(is_shared, a, b) for a, b in zip(within, at, strict=True)
+    )
   core = pl.program_id(0)
   pick = lambda a, b: jnp.where(core == 0, a, b)
   return (
-    (pick(begin[0], seq), pick(begin[1], j)),
-    (pick(seq, end[0]), pick(j, end[1])),
+    tuple(map(pick, (*begin, nothing), at)),
+    tuple(map(pick, at, (*end, nothing))),
   )
 
 
-def generate(refs: Any, plan: Plan, i: jax.Array, cursor: Any, end: Any) -> Any:
+def generate(
+  refs: Any, plan: Plan, i: jax.Array, cursor: Any, share: Any
+) -> Any:
   """Writes item `i`, and starts to fetch its page numbers.
 
   Args:
@@ -166,16 +192,25 @@ def generate(refs: Any, plan: Plan, i: jax.Array, cursor: Any, end: Any) -> Any:
     i: Number in the stream.
     cursor: Sequence, tile and chunk (-1: the tile's first) of the item, and
       number of the tile.
-    end: Sequence and tile at which the stream ends.
+    share: What `share_of_core` returns.
 
   Returns:
     The cursor of the next item.
   """
+  (*_, begin_chunk), end = share
   seq, j, chunk, tile = cursor
   position, count, first, last = _tile(refs, plan, seq, j)
   chunk = jnp.where(chunk < 0, first, chunk)
   is_there = (seq < end[0]) | ((seq == end[0]) & (j < end[1]))
-  is_last = chunk == last
+  is_first, is_last = chunk == first, chunk == last
+  part = jnp.int32(WHOLE)
+  if plan.shares_decode:
+    is_end = (seq == end[0]) & (j == end[1])
+    is_there |= is_end & (chunk < end[2])
+    is_first |= i == 0
+    is_last |= is_end & (chunk + 1 == end[2])
+    part = jnp.where(is_end, FIRST, part)
+    part = jnp.where((tile == 0) & (begin_chunk >= 0), SECOND, part)
   begin = refs.query_start[jnp.minimum(seq, plan.num_seqs - 1)]
   item = Item(
     seq=seq,
@@ -183,12 +218,13 @@ def generate(refs: Any, plan: Plan, i: jax.Array, cursor: Any, end: Any) -> Any:
     count=jnp.where(is_there, count, 0),
     position=position,
     chunk=chunk,
-    is_first=(chunk == first).astype(jnp.int32),
+    is_first=is_first.astype(jnp.int32),
     is_last=is_last.astype(jnp.int32),
+    part=part,
     tile=tile,
   )
   slot = lax.rem(i, plan.ring)
-  for f, name in enumerate(_FIELDS):
+  for f, name in enumerate(FIELDS):
     refs.items[slot, f] = getattr(item, name)
 
   @pl.when(is_there)
@@ -355,3 +391,19 @@ def wait_for_results(refs: Any, plan: Plan, slot: jax.Array | int) -> None:
     refs, plan, slot, 0, refs.pending[slot], lambda copy: copy.wait()
   )
   refs.pending[slot] = 0
+
+
+def write_part(refs: Any, plan: Plan) -> None:
+  """Writes what this core has of a decode that two cores share, or of none."""
+  begin = pl.multiple_of(pl.program_id(0) * plan.rows, plan.rows)
+  pairs = (refs.part_out, refs.part_outs), (refs.part_lse, refs.part_lses)
+  copies = [
+    pltpu.make_async_copy(
+      source, target.at[pl.ds(begin, plan.rows)], refs.result_sem.at[slot]
+    )
+    for slot, (source, target) in enumerate(pairs)
+  ]
+  for copy in copies:
+    copy.start()
+  for copy in copies:
+    copy.wait()

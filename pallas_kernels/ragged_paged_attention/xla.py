@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_TILE = 16
+_TILE = 8
 _CHUNK = 64
 _ITEM_BYTES = 1 << 20
 _MASKED = -1e30

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _case(key, *, b=16, v=3000, scale=3.0, round_to=None, **fixed):
+def _case(key, *, b=16, v=3000, scale=3.0, round_to=None, masked=0.0, **fixed):
   keys = jax.random.split(key, 6)
   logits = scale * jax.random.normal(keys[0], (b, v))
   if round_to is not None:
     # Many ties.
     logits = jnp.round(logits / round_to) * round_to
+  if masked:
+    key = jax.random.fold_in(key, 0)
+    allowed = jax.random.uniform(key, (b, v)) >= masked
+    logits = jnp.where(allowed.at[:, v // 2].set(True), logits, -jnp.inf)
   pick = lambda i, values: jax.random.choice(keys[i], jnp.array(values), (b,))
   rows = dict(
     temperature=pick(1, [0.0, 0.5, 1.0, 2.0]),
@@ -39,6 +43,8 @@ SMALL = {
     'tiny_vocabulary': dict(b=3, v=7),
     'ties': dict(v=1024, round_to=1.0),
     'ties_greedy': dict(v=1024, round_to=1.0, temperature=0.0),
+    'masked': dict(v=1000, masked=0.9),
+    'masked_but_one': dict(v=600, masked=1.0),
     'untruncated': _ALL,
     'top_k': _ALL | dict(top_k=300, b=8),
     'top_p_flat': _ALL | dict(top_p=0.9, scale=0.5, b=8),

@@ -12,9 +12,11 @@ as they run, gives the time of a step:
 * copies between memories are waited for in the same way.
 
 Both cores of a chip that works as one are in the compiler's estimates already.
-Against executing XLA's own fusions, estimates of matrix products are exact to
-8 % on v5e and 10 to 30 % long on v6e and tpu7x; small and memory-bound ones are
-up to twice too long, so that the step time is rather an upper bound.
+Against executing XLA's own fusions, estimates of matrix products are up to 8 %
+long on v5e and 10 to 30 % on v6e and tpu7x. Small and memory-bound fusions are
+estimated two to five times too long: a training step, where products prevail,
+is rather an upper bound; a step of many small fusions, such as a decode, is not
+timed by this sum but for its Pallas kernels.
 """
 
 from collections.abc import Callable, Iterable

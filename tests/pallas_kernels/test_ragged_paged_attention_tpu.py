@@ -127,6 +127,41 @@ def test_two_cores_share_the_work(monkeypatch, lens):
   np.testing.assert_allclose(out[:valid], expected[:valid], atol=2e-5)
 
 
+@pytest.mark.parametrize(
+  'lens, feature, token',
+  [
+    (([1, 0, 0], [250, 0, 0]), 'window', 0),
+    (([0, 1, 1], [0, 3, 250]), 'sinks', 1),
+    (([1, 1, 1], [200, 129, 7]), 'lse', 1),
+    (([17, 1, 0], [17, 250, 0]), 'lse', -1),
+  ],
+)
+def test_two_cores_share_the_keys_of_a_long_decode(
+  monkeypatch, lens, feature, token
+):
+  monkeypatch.setattr(
+    chip_lib, 'current', lambda: chip_lib.Tpu('v5p', 56 * 2**20)
+  )
+  parts = []
+  merge = pallas_tpu._with_shared_decode
+  spy = lambda *args: parts.append(args[-1]) or merge(*args)
+  monkeypatch.setattr(pallas_tpu, '_with_shared_decode', spy)
+  arguments = _arguments(*lens, np.random.default_rng(5))
+  if feature == 'window':
+    arguments = *arguments, jnp.int32(190)
+  elif feature == 'sinks':
+    arguments = *arguments, None, jnp.array([3.0, -50.0, 0.0, 60.0])
+  kwargs = dict(scale=0.25, soft_cap=None, return_lse=feature == 'lse')
+  out = pallas_tpu.ragged_paged_attention(*arguments, **kwargs, config=_CONFIG)
+  assert (parts[0][:, pallas_tpu.decode.TOKEN_LANE] == token).all()
+  valid = sum(lens[0])
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x[:valid], y[:valid], atol=2e-5),
+    out,
+    _expected(arguments, **kwargs),
+  )
+
+
 def test_inside_shard_map():
   arguments = _arguments([1, 9, 1], [20, 9, 130], np.random.default_rng(3))
   auto = (jax.sharding.AxisType.Auto,)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxserve.samplers.base import Rows
 from jaxserve.samplers.base import RowState
+from jaxserve.samplers.processors.masks import unpack
 from jaxserve.samplers.processors.penalties import penalize
 
 _PENALTIES, _BIAS, _MASK, _MIN_TOKENS = 1, 2, 4, 8
@@ -71,8 +72,7 @@ def can_draw(logits: Float[Array, 'U V']) -> Bool[Array, 'U']:
 
 def _mask(logits_UV, on, rows, state):
   words = state.mask.at[rows.row].get(mode='clip')
-  bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)
-  allowed = (bits & 1).reshape(len(words), -1)[:, : logits_UV.shape[1]] != 0
+  allowed = unpack(words, logits_UV.shape[1])
   return jnp.where(on[:, None] & ~allowed, -jnp.inf, logits_UV)
 
 

@@ -54,6 +54,20 @@ class Driver:
     """What one step samples."""
     return self.runner.run(*self.buffer(tokens, **sampling)).read()
 
+  def decode_at_once(self, tokens, steps_left, stop_ids=(), **sampling):
+    """Row -> tokens of one call of several steps, and the result read."""
+    layout = self.runner.decode_layout_for(len(tokens))
+    layout, buffer = self.buffer(tokens, layout, **sampling)
+    views = layout._views(buffer)
+    for u, row in enumerate(sorted(tokens)):
+      views['steps_left'][u] = steps_left[row]
+      views['stop_ids'][u, : len(stop_ids)] = stop_ids
+    read = self.runner.run(layout, buffer).read()
+    return {
+      row: tuple(read.tokens[: read.num_valid[u], u].tolist())
+      for u, row in enumerate(sorted(tokens))
+    }, read
+
   def decode(self, tokens, count, **sampling):
     """Row -> `count` tokens that follow; none goes through the host."""
     results, first = [], tokens

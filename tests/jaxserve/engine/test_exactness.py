@@ -187,6 +187,18 @@ def test_the_prefix_cache_is_used_and_changes_nothing(
   assert again > 0.6 * asked
 
 
+def test_several_steps_in_one_call(tiny, small_engine):
+  config = dataclasses.replace(
+    small_engine, decode_steps=4, host_cache_bytes=1 << 20
+  )
+  runner = tiny.runner(config)
+  for num_pages in (14, 96):
+    engine = tiny.engine(runner, config, num_pages=num_pages)
+    metrics = _check(tiny, engine, _BURST)
+    # Calls of several steps compute more than a token a row.
+    assert any(s.bucket == 16 for s in metrics.steps)
+
+
 def test_evicted_pages_come_back_from_the_host(
   tiny, small_engine, small_runner
 ):

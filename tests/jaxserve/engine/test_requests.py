@@ -4,11 +4,14 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxtrain.checkpoints.tokenizer import ByteTokenizer
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.models.transformer import taps
 
 _GREEDY = SamplingParams(max_tokens=10, temperature=0)
 _PROMPT = tuple(b'a prompt of some pages')
@@ -171,3 +174,43 @@ def test_stop_texts_are_held_back_while_streaming(engine):
   assert pieces[-1].output == out and pieces[-1].finish_reason is not None
   assert all(d.finish_reason is None for d in pieces[:-1])
   assert whole.outputs[0].finish_reason == 'length'
+
+
+def test_taps_are_the_hidden_states_of_a_dense_forward(tiny, small_engine):
+  names = ('layers.1.output', 'embeddings')
+  config = dataclasses.replace(small_engine, taps=(*names, 'final_norm'))
+  engine = tiny.engine(tiny.runner(config), config, num_pages=16)
+  asks = dataclasses.replace(_GREEDY, taps=names)
+  prompts = [_PROMPT, _PROMPT[::-1], _PROMPT[:9], _PROMPT]
+  outs = _run(engine, prompts, [asks, _GREEDY, asks, asks])
+  assert outs[1].outputs[0].taps is None
+  model = Transformer(tiny.config)
+  for prompt, out in zip(prompts, outs, strict=True):
+    tokens = out.outputs[0].token_ids
+    assert tokens == tiny.greedy(prompt, 10)
+    if out.outputs[0].taps is None:
+      continue
+    # The last token is returned and never computed.
+    ids = [*prompt, *tokens[:-1]]
+    _, variables = model.apply(
+      {'params': tiny.params}, jnp.array([ids]), mutable=['intermediates']
+    )
+    expected = taps(variables['intermediates'], names)
+    for name, x in zip(names, expected, strict=True):
+      np.testing.assert_allclose(
+        out.outputs[0].taps[name], x[0], rtol=1e-4, atol=1e-4
+      )
+
+
+def test_a_large_bucket_may_come_later(tiny, small_engine):
+  config = dataclasses.replace(small_engine, background_compile=True)
+  runner = tiny.runner(config)
+  engine = tiny.engine(runner, config)
+  prompts = [_PROMPT, _PROMPT[5:], _PROMPT[:3]]
+  for _ in range(2):
+    outs = _run(engine, prompts, [_GREEDY] * 3)
+    for prompt, out in zip(prompts, outs, strict=True):
+      assert out.outputs[0].token_ids == tiny.greedy(prompt, 10)
+    runner._programs.wait()
+  assert runner.max_ready_tokens == 24
+  assert max(s.bucket for s in engine.metrics.steps) == 24

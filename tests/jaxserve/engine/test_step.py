@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 _PROMPT = [5, 9, 2, 11, 7]
 
@@ -16,7 +15,7 @@ def test_tokens_come_from_the_history(driver, tiny):
   tokens = {0: (0, _PROMPT), 3: (0, [4, 4, 8])}
   out = driver.decode(tokens, 6)
   assert out == {r: tiny.greedy(ids, 6) for r, (_, ids) in tokens.items()}
-  history = np.asarray(driver.runner._state.history)
+  history = np.asarray(driver.runner._rows.history)
   for row, (_, ids) in tokens.items():
     expected = [*ids, *out[row]]
     np.testing.assert_array_equal(history[row, : len(expected)], expected)
@@ -24,9 +23,9 @@ def test_tokens_come_from_the_history(driver, tiny):
 
 def test_padding_and_other_rows_keep_their_history(driver):
   driver.step({1: (0, _PROMPT)})
-  before = np.asarray(driver.runner._state.history)
+  before = np.asarray(driver.runner._rows.history)
   driver.step({2: (3, [1, 2])})
-  after = np.asarray(driver.runner._state.history)
+  after = np.asarray(driver.runner._rows.history)
   np.testing.assert_array_equal(np.delete(after, 2, 0), np.delete(before, 2, 0))
   np.testing.assert_array_equal(after[2, :3], before[2, :3])
   np.testing.assert_array_equal(after[2, 3:5], [1, 2])
@@ -59,7 +58,7 @@ def test_targets_are_looked_up_and_not_entered(driver, tiny):
   )
   best = np.argsort(-expected, axis=-1)[:, :2]
   np.testing.assert_array_equal(out.top_ids[:n, :2], best)
-  history = np.asarray(runner._state.history)[2, : n + 1]
+  history = np.asarray(runner._rows.history)[2, : n + 1]
   np.testing.assert_array_equal(history, _PROMPT)
 
 
@@ -98,7 +97,7 @@ def test_logprobs_are_raw_or_processed_by_row(driver, tiny):
 
 
 def test_stale_state_of_a_row_is_ignored(driver, tiny):
-  nothing = np.zeros(driver.runner.sizes.num_words, np.uint32)
+  nothing = np.zeros(driver.runner.sizes.num_mask_words, np.uint32)
   driver.runner.set_row(1, bias_ids=[3], bias=[99.0], mask=nothing)
   out = driver.step({1: (0, _PROMPT)})
   assert out.tokens[0] == tiny.greedy(_PROMPT, 1)[0]
@@ -107,7 +106,7 @@ def test_stale_state_of_a_row_is_ignored(driver, tiny):
 
 def test_masks_are_replaced_without_the_rest(driver, tiny):
   best = np.argsort(-tiny.logits(_PROMPT)[-1])
-  words = driver.runner.sizes.num_words
+  words = driver.runner.sizes.num_mask_words
 
   def only(*tokens):
     mask = np.zeros(words, np.uint32)
@@ -128,20 +127,30 @@ def test_masks_are_replaced_without_the_rest(driver, tiny):
   assert out.tokens[1] == 0
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_broken_logits_are_noticed_row_by_row(driver, tiny, bad):
-  runner = driver.runner
-  good = runner._params
-  table = np.array(good['embed']['embedding'])
-  table[77] = bad
-  embed = {'embedding': jnp.asarray(table)}
-  try:
-    runner.update_params({**good, 'embed': embed})
-    out = driver.step(
-      {0: (0, [77, 1]), 1: (0, _PROMPT)}, temperature={0: 1.0, 1: 0.0}
-    )
-    np.testing.assert_array_equal(out.is_finite[:2], [False, True])
-    assert out.tokens[0] == 0
-    assert out.tokens[1] == tiny.greedy(_PROMPT, 1)[0]
-  finally:
-    runner.update_params(good)
+def test_broken_logits_are_noticed_row_by_row(driver, tiny):
+  """A column so large that its logit is +inf in some rows, -inf in others."""
+  runner, good = driver.runner, driver.runner._params
+  column = 100
+  prompts = [[i, 3 * i + 1] for i in range(4)]
+  signs = [tiny.logits(p)[-1, column] for p in prompts]
+  is_finite = [x < 0 for x in signs]
+  assert set(is_finite) == {True, False}
+  head = np.array(good['unembed']['kernel'])
+  head[:, column] *= 3e38
+  for bad, expected in ((head, is_finite), (head * np.nan, [False] * 4)):
+    try:
+      kernel = {'kernel': jnp.asarray(bad)}
+      runner.update_params({**good, 'unembed': kernel})
+      out = driver.step(
+        {row: (0, prompt) for row, prompt in enumerate(prompts)},
+        temperature={1: 1.0},
+        num_logprobs={2: 1},
+      )
+    finally:
+      runner.update_params(good)
+    np.testing.assert_array_equal(out.is_finite, expected)
+    for row in (0, 2, 3):
+      logits = tiny.logits(prompts[row])[-1].copy()
+      logits[column] = -np.inf
+      assert out.tokens[row] == (logits.argmax() if expected[row] else 0)
+    assert out.tokens[1] == 0 or expected[1]

@@ -19,6 +19,7 @@ import pytest
 from jaxserve.samplers.base import Rows
 from jaxserve.samplers.base import RowState
 from jaxserve.samplers.processors import can_draw
+from jaxserve.samplers.processors import masks
 from jaxserve.samplers.processors import process
 from jaxserve.samplers.truncated import truncated
 
@@ -184,6 +185,18 @@ def test_repeated_bias_adds_up_and_negative_ids_are_unused(make_rows):
   rows = make_rows(1, features=BIAS | MIN_TOKENS, min_position=5)
   processed = _process(np.zeros((1, V), np.float32), rows, state)
   np.testing.assert_array_equal(processed[0], 3.5 * (np.arange(V) == 4))
+
+
+@pytest.mark.parametrize('vocab', [1, 31, 77, 4096, 9001])
+@pytest.mark.parametrize(
+  'form', [masks.unpack, masks.unpack_by_shift, masks.unpack_by_product]
+)
+def test_bits_of_a_mask(form, vocab):
+  rng = np.random.default_rng(vocab)
+  words = rng.integers(0, 2**32, (3, -(-vocab // 32)), dtype=np.uint32)
+  bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder='little')
+  actual = jax.jit(form, static_argnums=1)(words, vocab)
+  np.testing.assert_array_equal(actual, bits[:, :vocab])
 
 
 def test_rows_divided_over_devices(make_rows):

@@ -13,6 +13,10 @@ from jaxserve.samplers.truncated import truncated
 from pallas_kernels.sampling import keep
 from pallas_kernels.sampling import sampling
 
+_sample = jax.jit(truncated())
+_distribution = jax.jit(truncated().distribution)
+_sampling = jax.jit(sampling)
+
 
 def _numpy_keep(logits, top_k, top_p, min_p):
   """The definitions, by sorting one row, float64."""
@@ -58,8 +62,7 @@ def test_keeps_what_sorting_keeps(vocab):
 def test_frequencies_are_the_probabilities(make_rows, changes):
   n = 40_000
   logits = np.float32([2.0, 1.0, 0.5, 0.0, -1.0, -6.0])
-  sample = jax.jit(truncated())
-  tokens = sample(jnp.tile(logits, (n, 1)), make_rows(n, **changes))
+  tokens = _sample(jnp.tile(logits, (n, 1)), make_rows(n, **changes))
   scaled = logits / changes.get('temperature', 1.0)
   mask = _numpy_keep(
     scaled,
@@ -79,7 +82,7 @@ def test_frequencies_are_the_probabilities(make_rows, changes):
 def test_greedy_rows_in_a_mixed_batch(make_rows):
   logits = jax.random.normal(jax.random.key(0), (64, 50))
   temperature = jnp.where(jnp.arange(64) % 2 == 0, 0.0, 5.0)
-  tokens = jax.jit(truncated())(logits, make_rows(64, temperature=temperature))
+  tokens = _sample(logits, make_rows(64, temperature=temperature))
   best = jnp.argmax(logits, axis=-1)
   np.testing.assert_array_equal(tokens[::2], best[::2])
   assert np.mean(tokens[1::2] == best[1::2]) < 0.5
@@ -87,9 +90,8 @@ def test_greedy_rows_in_a_mixed_batch(make_rows):
 
 def test_a_row_depends_on_its_seed_and_position_alone(make_rows):
   logits = jnp.zeros((1, 1000))
-  sample = jax.jit(truncated())
   draw = lambda n, seed, position: np.asarray(
-    sample(
+    _sample(
       jnp.tile(logits, (n, 1)),
       make_rows(n, seed=jnp.arange(n) + seed, position=position),
     )
@@ -128,7 +130,7 @@ def test_distribution_is_as_defined(make_rows):
   masked[np.arange(n), rng.integers(0, vocab, n)] = False
   logits[masked] = -np.inf
   rows = _settings(rng, n)
-  actual = jax.jit(truncated().distribution)(logits, make_rows(n, **rows))
+  actual = _distribution(logits, make_rows(n, **rows))
   assert actual.dtype == jnp.float32
   for u in range(n):
     row = {k: v[u] for k, v in rows.items()}
@@ -152,9 +154,7 @@ def test_tokens_come_from_the_distribution(make_rows, seed, ties):
     rows['temperature'] = max(rows['temperature'], 0.5)
   one = make_rows(1, **rows)
   probs = np.exp(truncated().distribution(jnp.asarray(logits)[None], one))[0]
-  tokens = jax.jit(truncated())(
-    jnp.tile(logits, (n, 1)), make_rows(n, **rows, seed=seed)
-  )
+  tokens = _sample(jnp.tile(logits, (n, 1)), make_rows(n, **rows, seed=seed))
   counts = np.bincount(tokens, minlength=vocab)
   assert not counts[probs == 0].any()
   likely = n * probs > 25
@@ -186,6 +186,3 @@ def test_what_can_be_drawn_at_all_is_what_has_a_probability(make_rows):
     drawn[np.arange(n), tokens] = True
   assert not drawn[np.isneginf(log_probs)].any()
   assert drawn[np.exp(log_probs) > 1.01 / count].all()
-
-
-_sampling = jax.jit(sampling)

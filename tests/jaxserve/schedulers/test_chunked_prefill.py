@@ -74,3 +74,23 @@ def test_a_newcomer_leaves_a_page_for_each_running_request():
 def test_refuses_an_empty_chunk():
   with pytest.raises(ValueError, match='chunk=0'):
     chunked_prefill(chunk=0)
+
+
+def test_the_token_budget_bounds_steps_that_delay_decodes():
+  schedule = chunked_prefill(chunk=64, token_budget=20)
+  prompt = _request(0, 90)
+  decodes = [_request(i, 9, 8, 1, True) for i in range(1, 4)]
+  assert schedule([prompt, *decodes], _budget()).run == {
+    **{1: 1, 2: 1, 3: 1},
+    0: 17,
+  }
+  assert schedule([prompt], _budget()).run == {0: 64}
+  # Every decode runs, even beyond the token budget.
+  many = [_request(i, 9, 8, 1, True) for i in range(1, 26)]
+  run = schedule([prompt, *many], _budget(max_requests=99)).run
+  assert run == {r.id: 1 for r in many}
+
+
+def test_refuses_an_empty_token_budget():
+  with pytest.raises(ValueError, match='token_budget=0'):
+    chunked_prefill(token_budget=0)

@@ -202,3 +202,11 @@ def test_errors_name_what_was_given(tmp_path):
   (path / 'generation_config.json').write_text('{')
   with pytest.raises(ValueError, match='generation_config.json is not JSON'):
     load_tokenizer(path)
+
+
+def test_its_json_is_the_same_tokenizer():
+  first = HFTokenizer(_byte_level_bpe(), eos='</s>')
+  again = tokenizers.Tokenizer.from_str(first.to_json())
+  again = HFTokenizer(again, eos='</s>')
+  for text in _TEXTS:
+    assert again.encode(text) == first.encode(text)

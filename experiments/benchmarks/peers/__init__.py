@@ -1,0 +1,1 @@
+"""Drivers of other serving engines; each runs where its engine is installed."""
