@@ -39,7 +39,13 @@ _SERVE = _HEART | {'jinja2', 'tokenizers', 'tqdm'}
 _ALL = _TRAIN | _SERVE | {'absl', 'matplotlib'}
 _BASELINES = {'torch', 'transformers'}
 # Engines of environments of their own, and what they share: a file beside them.
-_PEERS = _BASELINES | {'openvino', 'openvino_genai', 'protocol', 'vllm'}
+_PEERS = _BASELINES | {
+  'openvino',
+  'openvino_genai',
+  'protocol',
+  'psutil',
+  'vllm',
+}
 _THIRD_PARTY = {
   'pallas_kernels': _KERNELS,
   # Sends functions to the process that compiles them.
