@@ -94,11 +94,12 @@ def test_mesh_sizes():
 def test_a_serving_step_at_its_longest(num_tokens):
   program = ServingStep(_TINY, _ENGINE, num_tokens, mesh='tensor=2')
   step, args = program(jax.devices()[:2])
-  params, pages, last_tokens, buffer = args
-  new_pages, new_last, packed = jax.eval_shape(step, *args)
+  params, pages, history, words, buffer = args
+  new_pages, new_history, packed, taps = jax.eval_shape(step, *args)
   assert new_pages.k.shape == pages.k.shape == (1, 32, 2, 8, 32)
-  assert new_last.shape == last_tokens.shape
-  assert packed.shape == (4, 2 + 2 * _ENGINE.max_logprobs)
+  assert new_history.shape == history.shape == (4, 64)
+  assert words.shape[0] == 4 and taps == ()
+  assert packed.shape == (4, 3 + 2 * _ENGINE.max_logprobs)
   *unknown, value = program.values(args)
   assert not any(x is not None for x in unknown)
   assert len(unknown) == len(jax.tree.leaves(args)) - 1
