@@ -11,18 +11,15 @@ fits the costs of its steps, simulates the same requests with these costs, and
 prints how far the simulated time is from the measured one.
 """
 
-import dataclasses
 import json
 import pathlib
-import time
 
 from absl import app
 from absl import flags
 
 from experiments.benchmarks import scheduler_cases
-from jaxserve.simulate import metrics
-from jaxserve.simulate.simulator import Result
-from jaxserve.simulate.simulator import simulate
+from experiments.benchmarks.scheduler_runs import run_case
+from experiments.benchmarks.scheduler_runs import short
 
 _RESULTS = pathlib.Path(__file__).parent / 'results' / 'schedulers.jsonl'
 _CASES = flags.DEFINE_list('cases', [], 'Only these; all by default.')
@@ -59,53 +56,6 @@ def main(argv):
     _draw(records, path.with_suffix('.png'))
 
 
-def run_case(name: str, case: scheduler_cases.Case) -> list[dict]:
-  """Simulates every contender, prints a table, returns a record of each."""
-  print(f'\n{name}: {case.about}\n{len(case.arrivals)} requests')
-  print(f'{"":<22}' + ''.join(f'{_short(f):>17}' for f in case.figures))
-  records = []
-  for label, make in case.contenders.items():
-    start = time.perf_counter()
-    result = simulate(make(), case.arrivals, case.machine)
-    counted = [s for s in result.served if case.counts(s)]
-    summary = dataclasses.asdict(
-      metrics.summary(Result(counted, result.steps), case.objective)
-    )
-    if len(counted) < len(result.served):
-      # Of the whole run, whoever is counted.
-      everybody = dataclasses.asdict(metrics.summary(result, case.objective))
-      for figure in ('tokens_per_s', 'prefilled_fraction', 'num_preemptions'):
-        summary[figure] = everybody[figure]
-    summary = {k: float(f'{v:.4g}') for k, v in summary.items()}
-    print(
-      f'{label:<22}' + ''.join(f'{summary[f]:>17.4g}' for f in case.figures)
-    )
-    records.append(
-      dict(
-        benchmark='schedulers',
-        case=name,
-        scheduler=label,
-        num_requests=len(case.arrivals),
-        drawn=case.figures[0],
-        **summary,
-        simulated_s=float(f'{result.steps[-1].end_s:.4g}'),
-        wall_s=round(time.perf_counter() - start, 1),
-      )
-    )
-  return records
-
-
-def _short(figure):
-  return (
-    figure.replace('between_tokens', 'TBT')
-    .replace('first_token', 'TTFT')
-    .replace('_fraction', '')
-    .removesuffix('_s')
-    .replace('tokens_per', 'tokens/s')
-    .replace('_', ' ')
-  )
-
-
 def _draw(records, path):
   import matplotlib.figure
 
@@ -121,7 +71,7 @@ def _draw(records, path):
     axis.bar_label(bars, fmt='%.3g', padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.set_title(f'{name}: {_short(mine[0]["drawn"])}', fontsize=10)
+    axis.set_title(f'{name}: {short(mine[0]["drawn"])}', fontsize=10)
     axis.tick_params(labelsize=8)
     axis.spines[['top', 'right']].set_visible(False)
   for axis in axes[len(names) :]:

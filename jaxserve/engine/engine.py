@@ -271,6 +271,8 @@ class Engine:
       c.finish_reason is None for c in self._continuations.values()
     ):
       return None
+    if self._runner.decode_layout_for(len(scheduled)) is None:
+      return None  # Not compiled yet.
     many = []
     for c, count in scheduled:
       is_decode = count == 1 and c.num_computed + 1 == c.num_tokens
@@ -358,8 +360,10 @@ class Engine:
       for u, (c, target) in enumerate(
         zip(filled.sampling, filled.targets, strict=True)
       ):
-        # Else ended by the token before this one, or in an earlier step.
-        if c.finish_reason is None and one.tokens[u] >= 0:
+        # Else ended by the token before this one, or in an earlier step. What
+        # is said of its prompt is still wanted then.
+        wanted = c.finish_reason is None or (target >= 0 and c.error is None)
+        if wanted and one.tokens[u] >= 0:
           self._commit_row(c, target, one, u, now)
     return filled.sampling
 
@@ -373,8 +377,11 @@ class Engine:
       self._append(c, sampled, u, now)
 
   def _commit_taps(self, filled, states):
-    for (c, count), start in zip(filled.scheduled, filled.starts, strict=True):
-      if c.params.taps and c.finish_reason is None:
+    steps = zip(filled.scheduled, filled.starts, filled.firsts, strict=True)
+    for (c, count), start, first in steps:
+      # Else it was preempted meanwhile, and computes them again.
+      is_next = first == sum(x.shape[1] for x in c.taps)
+      if c.params.taps and c.finish_reason is None and is_next:
         which = [self._config.taps.index(name) for name in c.params.taps]
         c.taps.append(states[which, start : start + count])
 

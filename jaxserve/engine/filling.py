@@ -25,6 +25,7 @@ class Filled:
     buffer: Its input.
     scheduled: Whom it runs, and how many tokens of each.
     starts: Where the tokens of each begin in the step.
+    firsts: And in the sequence.
     sampling: Per row of logits, whose they are.
     targets: Per row of logits, the prompt token to look up, or -1 to sample.
   """
@@ -33,6 +34,7 @@ class Filled:
   buffer: np.ndarray
   scheduled: list[tuple[Continuation, int]]
   starts: list[int]
+  firsts: list[int]
   sampling: list[Continuation]
   targets: list[int]
 
@@ -144,7 +146,15 @@ class Filler:
     for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
       if _wants_lookup(c):
         self._fill_lookups(f, c, count, start, sampling, targets)
-    return Filled(layout, buffer, scheduled, starts.tolist(), sampling, targets)
+    return Filled(
+      layout,
+      buffer,
+      scheduled,
+      starts.tolist(),
+      first.tolist(),
+      sampling,
+      targets,
+    )
 
   def fill_many(self, scheduled: Sequence[tuple[Continuation, int]]) -> Filled:
     """Several steps in which all decode: one after the other, each its count.
@@ -172,7 +182,15 @@ class Filler:
       f['stop_ids'][u, : len(c.stop_ids)] = list(c.stop_ids)
     sampling = [c for c, _ in scheduled]
     self._fill_sampling(f, sampling, np.arange(n))
-    return Filled(layout, buffer, scheduled, list(range(n)), sampling, [-1] * n)
+    return Filled(
+      layout,
+      buffer,
+      scheduled,
+      list(range(n)),
+      first.tolist(),
+      sampling,
+      [-1] * n,
+    )
 
   def _limit_lookups(self, scheduled):
     if not any(_wants_lookup(c) for c, _ in scheduled):

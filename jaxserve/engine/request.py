@@ -123,6 +123,7 @@ class Continuation:
     self.text = ''
     self.logprobs: list[TokenLogprob] = []
     self.taps: list[np.ndarray] = []
+    self.is_sent = False  # Its end has reached the sink.
     self._sent_text = 0
     self._sent_tokens = 0
     self._decoder = IncrementalDecoder(tokenizer) if tokenizer else None
@@ -233,7 +234,9 @@ class Continuation:
     if self.params.logprobs is not None:
       logprobs = tuple(self.logprobs[self._sent_tokens :])
     request = self.request
-    is_last = self.finish_reason is not None and request.is_finished
+    # Several may end in one step: the output goes with the last to be sent.
+    self.is_sent = self.finish_reason is not None
+    is_last = all(c.is_sent for c in request.continuations)
     delta = Delta(
       request.id,
       self.index,

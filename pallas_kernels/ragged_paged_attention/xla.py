@@ -209,16 +209,31 @@ def _accumulate(
   best = jnp.where(of_tile_AW[:, :, None, None], best_WKR, _MASKED).max(axis=1)
   m_new = jnp.maximum(m, best)
   p = jnp.where(seen[:, None], jnp.exp(s - m_new[tile_W][..., None]), 0.0)
-  alpha = jnp.exp(m - m_new)
-  add = lambda x: jnp.einsum('AW,W...->A...', of_tile_AW.astype(x.dtype), x)
-  l = alpha * l + add(p.sum(axis=-1))
+  alpha, sums = jnp.exp(m - m_new), p.sum(axis=-1)
   # Stale slots may hold anything; zero weight times NaN would spread.
   stored_WS = seen.any(axis=1)
   v = jnp.where(stored_WS[:, None, :, None], v, 0)
   if v_scale is not None:
     p *= jnp.where(stored_WS[:, None, None], v_scale, 0)
   update = jnp.einsum('WKRS,WKSH->WKRH', p.astype(v.dtype), v, **f32)
-  return m_new, l, alpha[..., None] * acc + add(update)
+  sums, update, sound_A = _merged(of_tile_AW, sums, update)
+  l = jnp.where(sound_A, alpha * l + sums, jnp.nan)
+  return m_new, l, alpha[..., None] * acc + update
+
+
+def _merged(of_tile_AW, sums, update):
+  """Sums over the items of each tile, and whether these are all finite.
+
+  A sequence of NaNs must not reach others through the one-hot's zeros.
+  """
+  sound_W = jnp.isfinite(update.sum(axis=(1, 2, 3)) + sums.sum(axis=(1, 2)))
+  sound_A = ~jnp.any(of_tile_AW & ~sound_W, axis=1)[:, None, None]
+
+  def add(x):
+    x = jnp.where(sound_W.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return jnp.einsum('AW,W...->A...', of_tile_AW.astype(x.dtype), x)
+
+  return add(sums), add(update), sound_A
 
 
 def _gather(pool, layer, page_WC, dtype):

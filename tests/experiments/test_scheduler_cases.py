@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.benchmarks import scheduler_cases
-from experiments.benchmarks import schedulers
+from experiments.benchmarks import scheduler_runs
 
 
 @pytest.fixture(scope='module')
@@ -14,7 +14,9 @@ def figures():
   def of(name, scale):
     if name not in runs:
       case = scheduler_cases.CASES[name](scale)
-      runs[name] = {r['scheduler']: r for r in schedulers.run_case(name, case)}
+      runs[name] = {
+        r['scheduler']: r for r in scheduler_runs.run_case(name, case)
+      }
     return runs[name]
 
   return of

@@ -93,6 +93,13 @@ def test_prompt_logprobs_are_those_of_a_full_forward(engine, tiny):
     assert out.outputs[0].token_ids == tiny.greedy(_PROMPT, 10)
 
 
+def test_prompt_logprobs_of_a_request_that_ends_at_once(engine):
+  asks = dataclasses.replace(_GREEDY, max_tokens=1, prompt_logprobs=0)
+  for length in (2, 4, 22):
+    [out] = _run(engine, [_PROMPT[:length]], [asks])
+    assert len(out.prompt_logprobs) == length - 1
+
+
 def test_prompt_logprobs_survive_preemption(tiny, small_engine, small_runner):
   engine = tiny.engine(small_runner, small_engine, num_pages=14)
   asks = dataclasses.replace(_GREEDY, prompt_logprobs=0)
@@ -203,7 +210,9 @@ def test_taps_are_the_hidden_states_of_a_dense_forward(tiny, small_engine):
 
 
 def test_a_large_bucket_may_come_later(tiny, small_engine):
-  config = dataclasses.replace(small_engine, background_compile=True)
+  config = dataclasses.replace(
+    small_engine, background_compile=True, prefix_cache=False
+  )
   runner = tiny.runner(config)
   engine = tiny.engine(runner, config)
   prompts = [_PROMPT, _PROMPT[5:], _PROMPT[:3]]
@@ -214,3 +223,15 @@ def test_a_large_bucket_may_come_later(tiny, small_engine):
     runner._programs.wait()
   assert runner.max_ready_tokens == 24
   assert max(s.bucket for s in engine.metrics.steps) == 24
+
+
+def test_the_output_is_sent_once(engine):
+  deltas = []
+  params = dataclasses.replace(_GREEDY, temperature=1.0, seed=1, n=4)
+  engine.add_request(_PROMPT, params, sink=deltas.append)
+  while engine.num_unfinished:
+    engine.step()
+  assert [d.output is not None for d in deltas] == [False] * (
+    len(deltas) - 1
+  ) + [True]
+  assert sum(len(d.token_ids) for d in deltas) == 40
