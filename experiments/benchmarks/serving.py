@@ -108,9 +108,9 @@ def _keep(name, result):
   if not _OUTPUT.value:
     return
   path = pathlib.Path(_OUTPUT.value)
-  record = json.loads(path.read_text()) if path.exists() else {}
-  record['benchmark'] = 'serving'
-  record.setdefault('scenarios', {})[name] = result
+  old = json.loads(path.read_text()) if path.exists() else {}
+  scenarios = old.get('scenarios', {}) | {name: result}
+  record = dict(benchmark='serving', scenarios=scenarios)
   path.write_text(json.dumps(record, indent=2) + '\n')
 
 
