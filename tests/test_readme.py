@@ -25,7 +25,7 @@ def test_library_example_runs(tmp_path):
   assert not done.returncode, done.stderr[-4000:]
   prompt = 'def main('
   written = done.stdout[done.stdout.rindex(prompt) + len(prompt) :]
-  assert 8 < len(written) <= 40
+  assert 8 < len(written) <= 32 + 1 + 64  # Generated, a newline, streamed.
   assert (tmp_path / 'runs' / 'readme' / 'metrics.csv').exists()
 
 
@@ -33,7 +33,7 @@ def test_paths_and_flags_exist():
   for path in re.findall(
     r'`((?:notebooks|constraints|experiments)/[^`]*)`', _README
   ):
-    assert (_ROOT / path).exists(), path
+    assert any(_ROOT.glob(path)), path
   for module, flags in re.findall(
     r'python -m (\S+)((?: \\\n|[^\n`])*)', _README
   ):
