@@ -13,6 +13,7 @@ the exit status then is 1. Needs `pip install onemesh[server]`.
 import json
 import pathlib
 import sys
+import threading
 
 from absl import app
 from absl import flags
@@ -32,17 +33,17 @@ _NAME = flags.DEFINE_string(
   'served_model_name', None, 'What clients call it; else the last of --model.'
 )
 _TOKENIZER = flags.DEFINE_string(
-  'tokenizer', None, 'tokenizer.json, its directory, or byte; else the model’s.'
+  'tokenizer', None, "tokenizer.json, its directory, or byte; else the model's."
 )
 _CHAT_TEMPLATE = flags.DEFINE_string(
-  'chat_template', None, 'A Jinja file; else the tokenizer’s or the model’s.'
+  'chat_template', None, "A Jinja file; else the tokenizer's or the model's."
 )
 _MESH = flags.DEFINE_string('mesh', '', "Such as 'tensor=2'.")
 _SIMULATE = flags.DEFINE_integer(
   'simulate_devices', None, 'Number of CPU devices to simulate.'
 )
 _DTYPE = flags.DEFINE_enum(
-  'dtype', None, ['float32', 'bfloat16'], 'Compute dtype; else the model’s.'
+  'dtype', None, ['float32', 'bfloat16'], "Compute dtype; else the model's."
 )
 _ENGINE = flags.DEFINE_string(
   'engine', '{}', 'EngineConfig as JSON, {"max_seq_len": 512}.'
@@ -98,12 +99,12 @@ def _api_keys():
 
 def _chat_template():
   """The file that the flags name; `None` leaves it to the model."""
-  tokenizer = _TOKENIZER.value
-  if _CHAT_TEMPLATE.value is None and tokenizer not in (None, 'byte'):
-    return tokenizer if load_chat_template(tokenizer) else None
-  if _CHAT_TEMPLATE.value is not None:
-    load_chat_template(_CHAT_TEMPLATE.value)  # Says what is wrong with it.
-  return _CHAT_TEMPLATE.value
+  path, tokenizer = _CHAT_TEMPLATE.value, _TOKENIZER.value
+  if path is not None:
+    load_chat_template(path)  # Says what is wrong with it.
+  elif tokenizer not in (None, 'byte') and load_chat_template(tokenizer):
+    path = tokenizer
+  return path
 
 
 def _run():
@@ -136,6 +137,8 @@ def _run():
       dtype=_DTYPE.value,
     ) as llm,
   ):
+    # Before there is anybody to wait for it.
+    threading.Thread(target=llm.engine.prepare_grammars, daemon=True).start()
     engine = AsyncEngine(llm, max_unfinished=_MAX_UNFINISHED.value)
     try:
       server = Server(

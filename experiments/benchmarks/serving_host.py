@@ -73,7 +73,7 @@ def _waste(llm, count):
   return dict(
     wasted_fraction=round(metrics.wasted_slots_fraction, 4),
     padding_fraction=round(metrics.padding_fraction, 4),
-    steps=len(metrics.steps),
+    steps=metrics.num_steps,
   )
 
 

@@ -152,6 +152,19 @@ class PrefixCache:
       self._tree.mark(keys, node)
     return node.depth * self._page_size + num_partial
 
+  def peek_held(
+    self, tokens: Sequence[int] | Keys, max_tokens: int | None = None
+  ) -> int:
+    """Of the tokens of `peek`, those whose pages `evict` could not free.
+
+    Whoever shares these pages takes nothing of what is free. Nothing changes.
+    """
+    keys = page_keys(tokens, self._page_size)
+    node, _, _ = self._find(keys, _limit(keys, max_tokens))
+    while node.depth and not node.pins:
+      node = node.parent
+    return node.depth * self._page_size
+
   def insert(
     self,
     tokens: Sequence[int] | Keys,

@@ -1,6 +1,7 @@
 """What an engine accepts, and what it makes of it."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import time
 
 from jaxserve import constraints
@@ -110,6 +111,16 @@ class Admission:
         )
       )
     return request.continuations
+
+  def prepare_grammars(self) -> None:
+    """Reads the vocabulary as grammars need it: seconds, if it is large.
+
+    Else the first request with a grammar does. Nothing is said where grammars
+    are not possible.
+    """
+    if self._tokenizer is not None:
+      with contextlib.suppress(ValueError):
+        self._constraint.compile(self._tokenizer, self._vocab_size, regex='a')
 
   def _grammar(self, params):
     if params.json_schema is None and params.regex is None:

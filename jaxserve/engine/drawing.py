@@ -78,12 +78,19 @@ def drawing(
   """Draws tokens and packs what the host wants to know into one array."""
 
   def draw(logits, rows, wanted, store):
-    processed = jax.lax.cond(
+    def process():
+      processed = processors.process(
+        logits, rows, row_state.unpack(sizes, store)
+      )
+      # A mask may hide what is not finite.
+      both = processors.can_draw(logits) & processors.can_draw(processed)
+      return processed, both
+
+    processed, is_finite = jax.lax.cond(
       jnp.any(rows.features != 0),
-      lambda: processors.process(logits, rows, row_state.unpack(sizes, store)),
-      lambda: logits,
+      process,
+      lambda: (logits, processors.can_draw(logits)),
     )
-    is_finite = processors.can_draw(processed)
     tokens = jnp.where(is_finite, sampler(processed, rows), 0)
     tokens = jnp.where(wanted.target < 0, tokens, wanted.target)
     logprobs = jax.lax.cond(

@@ -148,6 +148,13 @@ class Engine:
     self._continuations |= {c.id: c for c in continuations}
     return request_id
 
+  def prepare_grammars(self) -> None:
+    """Does now what the first request with a grammar would wait for.
+
+    Unlike the other methods, in any thread.
+    """
+    self._admission.prepare_grammars()
+
   def abort(self, request_id: int) -> None:
     """Ends a request; its output so far comes with the next `step`."""
     if request_id in self._requests:
@@ -242,6 +249,7 @@ class Engine:
         page_size=self._config.page_size,
         now_s=time.perf_counter(),
         num_cached=lambda r: self._memory.num_cached(self._continuations[r.id]),
+        num_shared=lambda r: self._memory.num_shared(self._continuations[r.id]),
       ),
     )
 

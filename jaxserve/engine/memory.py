@@ -77,11 +77,17 @@ class Memory:
 
   def num_cached(self, c: Continuation) -> int:
     """Tokens of a waiting continuation that need no computation."""
-    asks = c.params.prompt_logprobs is not None or c.params.taps
-    if self.prefix is None or c.row is not None or c.is_swapped or asks:
+    if c.row is not None or c.is_swapped or not self._may_share(c):
       return c.num_computed
     c.keys.update(c.tokens)
     return self.prefix.peek(c.keys, len(c.tokens) - 1)
+
+  def num_shared(self, c: Continuation) -> int:
+    """Of these tokens, those in pages that others hold."""
+    if c.row is not None or c.is_swapped or not self._may_share(c):
+      return 0
+    c.keys.update(c.tokens)
+    return self.prefix.peek_held(c.keys, len(c.tokens) - 1)
 
   def place(self, c: Continuation, count: int) -> int:
     """Makes room for the next `count` tokens.
@@ -211,12 +217,15 @@ class Memory:
     return match
 
   def _from_cache(self, c):
-    # What is found is not computed, and has no logits or states to return.
-    asks = c.params.prompt_logprobs is not None or c.params.taps
-    if self.prefix is None or asks:
+    if not self._may_share(c):
       return Match([], 0)
     c.keys.update(c.tokens)
     return self.prefix.match(c.keys, len(c.tokens) - 1)
+
+  def _may_share(self, c):
+    # What is found is not computed, and has no logits or states to return.
+    asks = c.params.prompt_logprobs is not None or c.params.taps
+    return self.prefix is not None and not asks
 
   def _undo(self, match):
     if self.prefix is not None:

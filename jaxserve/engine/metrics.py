@@ -1,8 +1,11 @@
 """What an engine counts as it runs."""
 
+import collections
 import dataclasses
 import time
 from typing import NamedTuple
+
+_MAX_STEPS = 100_000  # About 20 MB.
 
 
 class Step(NamedTuple):
@@ -40,7 +43,10 @@ class Metrics:
     num_swapped: How many of these went to the host.
     num_failed_steps: Steps that raised.
     num_poisoned: Continuations ended for logits that were not finite.
-    steps: One entry a step.
+    num_steps: Steps dispatched.
+    num_computed: Tokens they computed.
+    num_padding: Tokens they computed for nothing, to fill a bucket.
+    steps: One entry a step, of the last 100,000.
   """
 
   num_generated: int = 0
@@ -49,7 +55,14 @@ class Metrics:
   num_swapped: int = 0
   num_failed_steps: int = 0
   num_poisoned: int = 0
-  steps: list[Step] = dataclasses.field(default_factory=list)
+  num_steps: int = 0
+  num_computed: int = 0
+  num_padding: int = 0
+  steps: collections.deque[Step] = dataclasses.field(
+    default_factory=lambda: collections.deque(maxlen=_MAX_STEPS)
+  )
+  _wasted_slots: int = 0
+  _held_slots: int = 0
   _start_s: float = dataclasses.field(default_factory=time.perf_counter)
 
   def record_step(
@@ -63,7 +76,12 @@ class Metrics:
     wasted_slots: int,
     page_size: int,
   ) -> None:
-    """Adds a step to the trace."""
+    """Counts a step, and adds it to the trace."""
+    self.num_steps += 1
+    self.num_computed += num_tokens
+    self.num_padding += bucket - num_tokens
+    self._wasted_slots += wasted_slots
+    self._held_slots += pages_in_use * page_size
     self.steps.append(
       Step(
         time.perf_counter() - self._start_s,
@@ -80,12 +98,9 @@ class Metrics:
   @property
   def wasted_slots_fraction(self) -> float:
     """KV slots held without a token, over those held, summed over steps."""
-    wasted = sum(s.wasted_slots for s in self.steps)
-    held = wasted + sum(s.cached_tokens for s in self.steps)
-    return wasted / held if held else 0.0
+    return self._wasted_slots / max(1, self._held_slots)
 
   @property
   def padding_fraction(self) -> float:
     """Computed tokens that were padding, over all computed."""
-    total = sum(s.bucket for s in self.steps)
-    return 1 - sum(s.num_tokens for s in self.steps) / total if total else 0.0
+    return self.num_padding / max(1, self.num_padding + self.num_computed)

@@ -171,10 +171,6 @@ class Runner:
     """
     return self._best(self.decode_layouts, num_rows)
 
-  def watch(self) -> NoCompiles:
-    """A context in which compilations count as late."""
-    return self._late
-
   def run(self, layout: Layout, buffer: np.ndarray) -> StepResult:
     """Dispatches the step, or steps, of a layout; does not wait.
 
@@ -298,26 +294,6 @@ class Runner:
       x.delete()
     self._programs.close()
     self._params = None
-
-  def _all_layouts(self):
-    return (*self.layouts.values(), *self.decode_layouts.values())
-
-  def _is_ready(self, layout):
-    return self._programs.is_ready(layout.name)
-
-  def _all_layouts(self):
-    return (*self.layouts.values(), *self.decode_layouts.values())
-
-  def _is_ready(self, layout):
-    return self._programs.is_ready(layout.name)
-
-  @property
-  def _masks_at_once(self):
-    return min(_MASKS_AT_ONCE, self.sizes.num_rows)
-
-  @property
-  def _smallest(self):
-    return self.layouts[min(self.layouts)]
 
   def _all_layouts(self):
     return (*self.layouts.values(), *self.decode_layouts.values())

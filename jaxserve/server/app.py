@@ -77,6 +77,7 @@ class _Server:
       'object': 'model',
       'created': int(time.time()),
       'owned_by': 'onemesh',
+      'max_model_len': llm.runner.sizes.max_seq_len,
     }
 
   def app(self):

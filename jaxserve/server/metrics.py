@@ -98,15 +98,9 @@ class _EngineCollector:
   def __init__(self, engine, runner):
     self._engine = engine
     self._runner = runner
-    self._num_steps = self._num_computed = self._num_padding = 0
 
   def collect(self):
     engine, runner, metrics = self._engine, self._runner, self._engine.metrics
-    # Only the new ones: the trace is long.
-    for step in metrics.steps[self._num_steps :]:
-      self._num_steps += 1
-      self._num_computed += step.num_tokens
-      self._num_padding += step.bucket - step.num_tokens
     last = metrics.steps[-1] if metrics.steps else None
     gauges = {
       'requests_running': (
@@ -128,9 +122,12 @@ class _EngineCollector:
       'ready': ('1 if requests are taken.', int(engine.is_accepting)),
     }
     counters = {
-      'steps': ('Steps run.', self._num_steps),
-      'computed_tokens': ('Tokens computed.', self._num_computed),
-      'padding_tokens': ('Tokens computed for nothing.', self._num_padding),
+      'steps': ('Steps run.', metrics.num_steps),
+      'computed_tokens': ('Tokens computed.', metrics.num_computed),
+      'padding_tokens': (
+        'Tokens computed for nothing.',
+        metrics.num_padding,
+      ),
       'preemptions': (
         'Continuations stopped for want of pages.',
         metrics.num_preemptions,

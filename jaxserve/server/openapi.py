@@ -70,6 +70,7 @@ _MODEL = _object(
     'object': {'enum': ['model']},
     'created': _COUNT,
     'owned_by': _STRING,
+    'max_model_len': _COUNT,
   }
 )
 _MESSAGE = _object(

@@ -64,6 +64,19 @@ def test_evicts_in_the_order_of_the_score():
   }
 
 
+def test_knows_what_others_hold():
+  allocator, cache = _cache()
+  tokens = [*range(10)]
+  _run(allocator, cache, tokens)
+  assert cache.peek(tokens, 9) == 9
+  assert cache.peek_held(tokens, 9) == 0
+  held = cache.match(tokens[:5], 4)
+  assert cache.peek_held(tokens, 9) == 4
+  assert cache.num_evictable == 2
+  cache.release(held)
+  assert cache.peek_held(tokens, 9) == 0
+
+
 def test_statistics_count_tokens():
   allocator, cache = _cache()
   _run(allocator, cache, list(range(10)))

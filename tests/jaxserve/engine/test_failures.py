@@ -99,3 +99,15 @@ def test_a_poisoned_request_is_dropped_alone(tiny, small_engine):
   assert all(
     np.isfinite(x).all() for x in jax.tree.leaves(engine._runner._pages)
   )
+
+
+def test_a_mask_does_not_hide_what_is_not_finite(tiny, small_engine):
+  kernel = tiny.params['unembed']['kernel']
+  bad = dataclasses.replace(
+    tiny,
+    params=tiny.params | {'unembed': {'kernel': kernel.at[:, 7].set(np.nan)}},
+  )
+  engine = bad.engine(bad.runner(small_engine), small_engine)
+  params = dataclasses.replace(_GREEDY, bad_token_ids=(7,))
+  request = engine.add_request([5, 6], params)
+  assert 'not finite' in _finish(engine)[request].error

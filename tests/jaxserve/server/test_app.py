@@ -309,6 +309,7 @@ def test_models(client):
   [model] = client.models.list()
   assert model.id == 'tiny'
   assert client.models.retrieve('tiny') == model
+  assert model.max_model_len > 0
 
 
 def test_tokens_and_back(client, llm):
