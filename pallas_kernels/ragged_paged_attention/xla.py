@@ -175,11 +175,17 @@ def _accumulate(
   """
   q_AKRH, position_AR, seq_A, first_A, offset_A1, tree = tiles
   keys, values, layer, page_table = cache
-  m, l, acc = carry
   chunk = chunk_pages * keys[0].shape[3]
 
   item_W = i * num_items + jnp.arange(num_items)
   tile_W = _sequence_of(item_W, offset_A1)
+  # Items are in the order of their tiles, and all tiles before the last one in
+  # use have some: no more tiles than items are touched.
+  num_tiles = min(num_items, carry[0].shape[0])
+  start = jnp.minimum(tile_W[0], carry[0].shape[0] - num_tiles)
+  m, l, acc = (
+    jax.lax.dynamic_slice_in_dim(x, start, num_tiles) for x in carry
+  )
   chunk_W = first_A[tile_W] + item_W - offset_A1[tile_W]
   chunk_W = jnp.where(item_W < offset_A1[-1], chunk_W, -1)
 
@@ -204,11 +210,12 @@ def _accumulate(
   s = jnp.where(seen[:, None], s, _MASKED)
 
   # Merged through a one-hot matrix: XLA's CPU scatter is a loop over rows.
-  of_tile_AW = tile_W == jnp.arange(m.shape[0])[:, None]
+  local_W = tile_W - start
+  of_tile_AW = local_W == jnp.arange(num_tiles)[:, None]
   best_WKR = s.max(axis=-1)
   best = jnp.where(of_tile_AW[:, :, None, None], best_WKR, _MASKED).max(axis=1)
   m_new = jnp.maximum(m, best)
-  p = jnp.where(seen[:, None], jnp.exp(s - m_new[tile_W][..., None]), 0.0)
+  p = jnp.where(seen[:, None], jnp.exp(s - m_new[local_W][..., None]), 0.0)
   alpha, sums = jnp.exp(m - m_new), p.sum(axis=-1)
   # Stale slots may hold anything; zero weight times NaN would spread.
   stored_WS = seen.any(axis=1)
@@ -218,7 +225,11 @@ def _accumulate(
   update = jnp.einsum('WKRS,WKSH->WKRH', p.astype(v.dtype), v, **f32)
   sums, update, sound_A = _merged(of_tile_AW, sums, update)
   l = jnp.where(sound_A, alpha * l + sums, jnp.nan)
-  return m_new, l, alpha[..., None] * acc + update
+  new = m_new, l, alpha[..., None] * acc + update
+  return tuple(
+    jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
+    for x, y in zip(carry, new, strict=True)
+  )
 
 
 def _merged(of_tile_AW, sums, update):
