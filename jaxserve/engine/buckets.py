@@ -8,6 +8,12 @@ optimal quantiser of Bruce, "Optimum Quantization", MIT report 429, 1965.
 
 from collections.abc import Mapping
 import math
+import time
+
+from jaxserve.engine.runner import Runner
+
+_MIN_RUNS = 3
+_MIN_S = 0.2
 
 
 def choose_buckets(
@@ -60,6 +66,24 @@ def choose_buckets(
           best[j], chosen[j] = cost, (*chosen[i], sizes[j])
     answer = min([answer, *((best[j], chosen[j]) for j in ends)], key=_cost)
   return answer[1]
+
+
+def measure_costs(runner: Runner) -> dict[int, float]:
+  """Seconds of a step of each bucket of a runner, all of it padding.
+
+  What a token costs beyond its padding, such as its attention, is the same in
+  every bucket, and does not matter to `choose_buckets`.
+  """
+  costs = {}
+  for num_tokens, layout in runner.layouts.items():
+    runner.run(layout, layout.empty()[0]).read()
+    times, start = [], time.perf_counter()
+    while len(times) < _MIN_RUNS or time.perf_counter() - start < _MIN_S:
+      begin = time.perf_counter()
+      runner.run(layout, layout.empty()[0]).read()
+      times.append(time.perf_counter() - begin)
+    costs[num_tokens] = min(times)
+  return costs
 
 
 def _cost(choice):

@@ -183,9 +183,7 @@ def _accumulate(
   # use have some: no more tiles than items are touched.
   num_tiles = min(num_items, carry[0].shape[0])
   start = jnp.minimum(tile_W[0], carry[0].shape[0] - num_tiles)
-  m, l, acc = (
-    jax.lax.dynamic_slice_in_dim(x, start, num_tiles) for x in carry
-  )
+  m, l, acc = (jax.lax.dynamic_slice_in_dim(x, start, num_tiles) for x in carry)
   chunk_W = first_A[tile_W] + item_W - offset_A1[tile_W]
   chunk_W = jnp.where(item_W < offset_A1[-1], chunk_W, -1)
 
