@@ -141,7 +141,10 @@ def quantized_matmul(
   scales = scales.astype(jnp.float32).reshape(-1, weights.shape[1])
   operands = [x, weights, scales]
   if zero_points is not None:
-    operands.append(zero_points.astype(jnp.float32))
+    # Read as a whole they are widened in the kernel, which is less to copy.
+    operands.append(
+      zero_points if plan.by_bits else zero_points.astype(jnp.float32)
+    )
   if x_scales is not None:
     operands.append(x_scales)
   if plan.by_bits:
@@ -336,7 +339,9 @@ def _by_bits_kernel(x_ref, words, scales, *refs, plan):
   def _(c):
     columns = pl.ds(pl.multiple_of(c * plan.piece, plan.piece), plan.piece)
     offset = _BASE + quantize.OFFSET
-    offsets = offset if zeros is None else zeros[:, columns] + offset
+    offsets = offset
+    if zeros is not None:
+      offsets = zeros[:, columns].astype(jnp.float32) + offset
     total = -_dot(x_sums[...], scales[:, columns] * offsets)
     for group in range(scales.shape[0]):
       ks = pl.ds(group * plan.group, plan.group)
