@@ -15,6 +15,7 @@ import pathlib
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,7 @@ def compile_for(
     TimeoutError: `timeout_s` has passed.
     OutOfMemoryError: The program does not fit into a device.
     CompileError: Any other error of the compiler.
+    ChildProcessError: Its process was killed.
   """
   target = chips.parse_topology(topology)
   given = dict(
@@ -274,6 +276,12 @@ def _run_worker(folder, head, build, env, timeout_s):
         f'compiling for {head["topology"]} passed timeout_s={timeout_s:g}'
       ) from None
   path = folder / 'result.json'
+  if -done.returncode in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+    # Nothing is known of the program then.
+    raise ChildProcessError(
+      f'the compiler of {head["topology"]} was ended by '
+      f'{signal.Signals(-done.returncode).name}; a lack of memory may be why'
+    )
   if not path.exists():
     text = (folder / 'log.txt').read_text(errors='replace')
     raise CompileError(

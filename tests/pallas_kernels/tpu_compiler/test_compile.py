@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import pickle
+import signal
 
 import jax
 from jax.experimental import pallas as pl
@@ -434,6 +435,17 @@ def test_killed_jobs_are_swept_away(tmp_path):
 def test_timeout(compile_for):
   with pytest.raises(TimeoutError, match='timeout_s=0.05'):
     compile_for(lambda x: x, _bf16(8, 128), topology='v5e', timeout_s=0.05)
+
+
+def _kill_yourself(x):
+  os.kill(os.getpid(), signal.SIGKILL)
+  return x
+
+
+@_needs_libtpu
+def test_a_killed_compiler_is_no_refusal(compile_for):
+  with pytest.raises(ChildProcessError, match='SIGKILL'):
+    compile_for(_kill_yourself, _bf16(8, 128), topology='v5e')
 
 
 def test_unknown_chip_needs_no_compiler(compile_for):
