@@ -365,24 +365,25 @@ class Engine:
     self._time_prefill(step, now)
     _change_pending(filled, -1)
     for one in sampled.steps():
-      for u, (c, target) in enumerate(
-        zip(filled.sampling, filled.targets, strict=True)
-      ):
+      rows = zip(
+        filled.sampling, filled.targets, one.tokens.tolist(), strict=False
+      )
+      for u, (c, target, token) in enumerate(rows):
         # Else ended by the token before this one, or in an earlier step. What
         # is said of its prompt is still wanted then.
         wanted = c.finish_reason is None or (target >= 0 and c.error is None)
-        if wanted and one.tokens[u] >= 0:
-          self._commit_row(c, target, one, u, now)
+        if wanted and token >= 0:
+          self._commit_row(c, target, token, one, u, now)
     return filled.sampling
 
-  def _commit_row(self, c, target, sampled, u, now):
+  def _commit_row(self, c, target, token, sampled, u, now):
     if not sampled.is_finite[u]:
       self._poison(c)
     elif target >= 0:
       n = c.params.prompt_logprobs
       c.request.prompt_logprobs.append(logprobs_of_row(sampled, u, target, n))
     else:
-      self._append(c, sampled, u, now)
+      self._append(c, token, sampled, u, now)
 
   def _commit_taps(self, filled, states):
     steps = zip(filled.scheduled, filled.starts, filled.firsts, strict=True)
@@ -400,8 +401,7 @@ class Engine:
     if num_tokens > len(step.filled.sampling):
       self._memory.costs.prefill.observe(num_tokens, now - since)
 
-  def _append(self, c, sampled, u, now):
-    token = int(sampled.tokens[u])
+  def _append(self, c, token, sampled, u, now):
     if c.request.first_token_s is None:
       c.request.first_token_s = now
     n = c.params.logprobs

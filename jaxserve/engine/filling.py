@@ -110,7 +110,10 @@ class Filler:
     Prompts whose tokens are looked up advance by as many tokens as there are
     rows of logits to spare.
     """
-    scheduled = self._limit_lookups(sorted(scheduled, key=_row))
+    scheduled = sorted(scheduled, key=_row)
+    has_lookups = any(_wants_lookup(c) for c, _ in scheduled)
+    if has_lookups:
+      scheduled = self._limit_lookups(scheduled)
     rows = np.array([c.row for c, _ in scheduled])
     counts = np.array([count for _, count in scheduled])
     first = np.array([c.num_computed for c, _ in scheduled])
@@ -131,26 +134,29 @@ class Filler:
     f['kv_len'][rows] = first + counts
     f['query_start'][rows + 1] = counts
     np.cumsum(f['query_start'], out=f['query_start'])
-    f['tokens'][:total] = -1
-    sampling, index = [], []
-    for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
+    tokens, sampling, index = [], [], []
+    for c, count in scheduled:
       last = c.num_computed + count
       known = c.tokens[c.num_computed : last]
-      if known:
-        f['tokens'][start : start + len(known)] = known
+      tokens += known
+      if len(known) < count:
+        tokens += [-1] * (count - len(known))
       if last == c.num_tokens:
         sampling.append(c)
-        index.append(start + count - 1)
+        index.append(len(tokens) - 1)
+    f['tokens'][:total] = tokens
     self._fill_sampling(f, sampling, index)
     targets = [-1] * len(sampling)
-    for (c, count), start in zip(scheduled, starts.tolist(), strict=True):
-      if _wants_lookup(c):
-        self._fill_lookups(f, c, count, start, sampling, targets)
+    starts = starts.tolist()
+    if has_lookups:
+      for (c, count), start in zip(scheduled, starts, strict=True):
+        if _wants_lookup(c):
+          self._fill_lookups(f, c, count, start, sampling, targets)
     return Filled(
       layout,
       buffer,
       scheduled,
-      starts.tolist(),
+      starts,
       first.tolist(),
       sampling,
       targets,
@@ -193,8 +199,6 @@ class Filler:
     )
 
   def _limit_lookups(self, scheduled):
-    if not any(_wants_lookup(c) for c, _ in scheduled):
-      return scheduled
     spare = len(self._num_pages) - sum(
       c.num_computed + count == c.num_tokens and not _wants_lookup(c)
       for c, count in scheduled

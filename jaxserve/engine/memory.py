@@ -250,12 +250,14 @@ class Memory:
 
   def _take(self, count):
     """Fresh pages, evicting cached ones as needed; `None` if too few."""
+    if count <= 0:
+      return []
     missing = count - self.allocator.num_free
     if missing > 0:
       if self.prefix is None or self.prefix.num_evictable < missing:
         return None
       self.prefix.evict(missing)
-    return self.allocator.take(max(0, count))
+    return self.allocator.take(count)
 
   def _drop(self, c):
     self.allocator.give_back(c.pages)

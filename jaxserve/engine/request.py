@@ -159,18 +159,19 @@ class Continuation:
 
   def view(self) -> schedulers.Request:
     """What a scheduler may see."""
+    request = self.request
     return schedulers.Request(
       id=self.id,
       arrival=self.id,
-      num_tokens=self.num_tokens,
+      num_tokens=len(self.tokens) + self.num_pending,
       num_computed=self.num_computed,
       num_pages=len(self.pages),
       is_running=self.row is not None,
-      prompt=self.request.prompt_ids,
+      prompt=request.prompt_ids,
       max_tokens=self.max_tokens,
-      priority=self.request.priority,
-      client=self.request.client,
-      arrival_s=self.request.submitted_s,
+      priority=request.priority,
+      client=request.client,
+      arrival_s=request.submitted_s,
     )
 
   def append(self, token: int, logprob: TokenLogprob | None) -> None:

@@ -235,3 +235,19 @@ def test_the_output_is_sent_once(engine):
     len(deltas) - 1
   ) + [True]
   assert sum(len(d.token_ids) for d in deltas) == 40
+
+
+def test_shared_pages_are_counted_once(tiny, small_runner, small_engine):
+  engine = tiny.engine(small_runner, small_engine, num_pages=12)
+  prompt = list(range(1, 33))  # Eight pages; two of these requests fill 16.
+  params = SamplingParams(max_tokens=8, temperature=0)
+  first = engine.add_request(prompt, params)
+  done = {out.request_id: out for _ in range(3) for out in engine.step()}
+  assert not done
+  second = engine.add_request(prompt, params)
+  while engine.num_unfinished:
+    done |= {out.request_id: out for out in engine.step()}
+  assert max(s.num_running for s in engine.metrics.steps) == 2
+  expected = tiny.greedy(prompt, 8)
+  for i in (first, second):
+    assert done[i].outputs[0].token_ids == expected
