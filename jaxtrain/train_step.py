@@ -25,6 +25,7 @@ from jaxtrain.sharding.partition import gather
 from jaxtrain.sharding.partition import named_sharding
 from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
+from pallas_kernels.common import dispatch
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -91,7 +92,10 @@ def make_train_step(
     noise = jax.random.fold_in(
       jax.random.wrap_key_data(state.rng, impl='threefry2x32'), state.step
     )
-    grads, sums = _gradients(loss_fn, state.params, batch, noise, accumulation)
+    with dispatch.lowered_for(mesh):
+      grads, sums = _gradients(
+        loss_fn, state.params, batch, noise, accumulation
+      )
     weight = jnp.maximum(sums['weight'], 1e-8)
     norm = optax.tree.norm(grads) / weight
     scale = 1.0 / weight
@@ -142,9 +146,10 @@ def make_eval_step(
 
   def step(params, batch):
     _check_batch(batch, mesh, rules, 1)
-    _, sums = loss_sums(
-      model, params, batch, jax.random.key(0), mesh=mesh, rules=rules
-    )
+    with dispatch.lowered_for(mesh):
+      _, sums = loss_sums(
+        model, params, batch, jax.random.key(0), mesh=mesh, rules=rules
+      )
     return {name: sums[name] for name in ('nll', 'correct', 'weight')}
 
   return jax.jit(step, out_shardings=NamedSharding(mesh, P()))

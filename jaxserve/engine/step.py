@@ -26,6 +26,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.sharding import constrainer
 from jaxtrain.sharding import named_sharding
+from pallas_kernels.common import dispatch
 
 # Enough for the end-of-text tokens of any model and some of a request's own.
 _MAX_STOP_IDS = 16
@@ -55,6 +56,7 @@ class Step:
     max_seq_len: int,
     dtype: Any,
   ):
+    self._mesh = mesh
     # The flat batch of one step is not split; heads and features are.
     rules = serving_rules(rules, mesh, config)
     self._shard = constrainer(mesh, rules)
@@ -150,7 +152,11 @@ class Step:
     )
     return pages, *self._pin((history, packed, ()))
 
-  def _once(self, layout, params, pages, store, f, taps=()):
+  def _once(self, *args):
+    with dispatch.lowered_for(self._mesh):
+      return self._trace(*args)
+
+  def _trace(self, layout, params, pages, store, f, taps=()):
     """One step: pages, history, what is drawn, what is told, taps."""
     history, row, positions = store.history, f['token_row'], f['positions']
     tokens = jnp.where(f['tokens'] < 0, history[row, positions], f['tokens'])

@@ -12,6 +12,7 @@ from pallas_kernels.common import chip
 from pallas_kernels.common import dispatch
 from pallas_kernels.common import gradient
 from pallas_kernels.common import tuned
+from pallas_kernels.rms_norm import rms_norm
 
 
 def test_a_function_that_a_module_lacks_is_not_implemented():
@@ -19,6 +20,17 @@ def test_a_function_that_a_module_lacks_is_not_implemented():
     dispatch.load('flash_attention', 'xla', 'no_such_function')
   with pytest.raises(NotImplementedError, match='has no no_such_backend'):
     dispatch.load('flash_attention', 'no_such_backend')
+
+
+def test_a_program_for_a_mesh_is_traced_for_its_platform_alone():
+  mesh = jax.make_mesh((1,), ('x',), devices=jax.devices('cpu')[:1])
+  x, scale = jnp.ones((8, 128)), jnp.ones(128)
+  f = jax.jit(rms_norm)
+  assert 'pallas_call' in str(jax.make_jaxpr(f)(x, scale))
+  with dispatch.lowered_for(mesh):
+    assert 'pallas_call' not in str(jax.make_jaxpr(f)(x, scale))
+  # What JAX has kept of the one is not taken for the other.
+  assert 'pallas_call' in str(jax.make_jaxpr(f)(x, scale))
 
 
 def test_the_gradient_is_the_given_one():
