@@ -1,6 +1,7 @@
 """Finds out what a model path is, and loads it onto a mesh."""
 
 from collections.abc import Mapping
+import functools
 import os
 import pathlib
 from typing import Any
@@ -94,6 +95,7 @@ def fitted_rules(
   return fit_rules(_boxed(config), mesh, rules)
 
 
+@functools.lru_cache(maxsize=4)
 def _boxed(config):
   tokens = jnp.zeros((1, 1), jnp.int32)
   init = lambda: Transformer(config).init(jax.random.key(0), tokens)

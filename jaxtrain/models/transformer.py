@@ -140,8 +140,12 @@ class Transformer(nn.Module):
       )
     if attend is None:
       # `nn.scan` cannot initialise through a `shard_map`; nothing but shapes
-      # matters then.
-      attend = Causal(shard=unsharded if self.is_initializing() else self.shard)
+      # matters then, and XLA's version is the quickest to trace.
+      attend = (
+        Causal(implementation='xla')
+        if self.is_initializing()
+        else Causal(shard=self.shard)
+      )
     common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x, table = Embed(
       c.vocab_size, c.embed_dim, shard=self.shard, name='embed', **common
@@ -161,6 +165,7 @@ class Transformer(nn.Module):
       in_axes=(0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
       metadata_params={nn.PARTITION_NAME: 'layers'},
+      check_constancy_invariants=False,  # Traces the layer a second time.
     )
     (x, cache), _ = scanned(
       config=c, attend=attend, shard=self.shard, name='layers', **common
