@@ -71,7 +71,7 @@ def _run():
     config = EngineConfig(**json.loads(_ENGINE.value))
   except (TypeError, json.JSONDecodeError) as e:
     raise ValueError(f'--engine={_ENGINE.value!r}: {e}') from e
-  usual = config.buckets
+  usual = dataclasses.replace(config, token_buckets=None).buckets
   if config.token_buckets is None:
     config = dataclasses.replace(config, token_buckets=_candidates(config))
   if _SIMULATE.value:

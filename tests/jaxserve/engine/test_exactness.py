@@ -167,7 +167,7 @@ def test_preemption_happens_and_changes_nothing(
     prefix_cache=prefix_cache,
     host_cache_bytes=1 << 20,
   )
-  engine = tiny.engine(small_runner, config, num_pages=14)
+  engine = tiny.engine(small_runner, config, num_pages=13)
   metrics = _check(tiny, engine, _BURST)
   assert metrics.num_preemptions > 0
   assert (metrics.num_swapped > 0) == (preemption == 'swap')
@@ -203,7 +203,7 @@ def test_evicted_pages_come_back_from_the_host(
   tiny, small_engine, small_runner
 ):
   config = dataclasses.replace(small_engine, host_cache_bytes=1 << 20)
-  engine = tiny.engine(small_runner, config, num_pages=16)
+  engine = tiny.engine(small_runner, config, num_pages=13)
   for _ in range(2):
     _check(tiny, engine, _BURST)
   assert engine.prefix_stats.num_hit_on_host > 0
