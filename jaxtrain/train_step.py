@@ -89,13 +89,11 @@ def make_train_step(
 
   def step(state, batch):
     _check_batch(batch, mesh, rules, accumulation)
-    noise = jax.random.fold_in(
+    key = jax.random.fold_in(
       jax.random.wrap_key_data(state.rng, impl='threefry2x32'), state.step
     )
     with dispatch.lowered_for(mesh):
-      grads, sums = _gradients(
-        loss_fn, state.params, batch, noise, accumulation
-      )
+      grads, sums = _gradients(loss_fn, state.params, batch, key, accumulation)
     weight = jnp.maximum(sums['weight'], 1e-8)
     norm = optax.tree.norm(grads) / weight
     scale = 1.0 / weight
@@ -125,11 +123,10 @@ def make_train_step(
       metrics['learning_rate'] = jnp.asarray(rate, jnp.float32)
     return new, metrics
 
-  replicated = NamedSharding(mesh, P())
   return jax.jit(
     step,
     in_shardings=(spec.shardings, batch_shardings(mesh, rules)),
-    out_shardings=(spec.shardings, replicated),
+    out_shardings=(spec.shardings, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
 

@@ -99,7 +99,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     p99_of_all_s=float(np.percentile(all_gaps, 99)),
     num_gaps=len(gaps),
     long_first_token_s=statistics.mean(t.first_token_s for t in long),
-    tokens_per_cpu_s=sum(len(t.tokens_s) for t in traces)
+    tokens_per_s=sum(len(t.tokens_s) for t in traces)
     / max(t.tokens_s[-1] for t in traces),
   )
 

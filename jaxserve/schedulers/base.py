@@ -162,32 +162,21 @@ def admit(
   running = {r.id: r for r in (*ordered, *idle) if r.is_running}
   # What they will take matters to those who wait alone.
   has_waiting = not all(r.is_running for r in ordered)
-  more: dict[int, int] = {}
-  if has_waiting:
-    more = {
-      i: max(expected_pages(r) - r.num_pages, 1) for i, r in running.items()
-    }
+  to_come = lambda r: max(expected_pages(r) - r.num_pages, 1)
+  more = {i: to_come(r) for i, r in running.items()} if has_waiting else {}
   decoding = {r.id for r in ordered if r.is_decoding}
   num_decoding = len(decoding)
-  page_size = budget.page_size
   tokens, free, is_full = budget.max_tokens, budget.free_pages, False
   for r in ordered:
     if tokens < 1:
       break
-    is_decoding = r.id in decoding
-    num_decoding -= is_decoding
+    num_decoding -= r.id in decoding
     if r in preempt or (is_full and not r.is_running):
       continue
-    if is_decoding:
-      count = 1
-      need = max(0, -(-r.num_tokens // page_size) - r.num_pages)
-    else:
-      start = budget.start(r)
-      left = max(tokens - num_decoding, 1)
-      count = min(r.num_tokens - start, chunk, left)
-      if count < 1:
-        continue
-      need = budget.num_new_pages(r, start + count)
+    left = tokens if r.id in decoding else max(tokens - num_decoding, 1)
+    count, need = _demand(r, budget, min(chunk, left))
+    if count < 1:
+      continue
     pages, rows = need - free, 0
     if not r.is_running:
       # Who was just preempted comes before anybody who ranks after it.
@@ -213,11 +202,21 @@ def admit(
     preempt += freed
     running[r.id] = r
     if has_waiting:
-      more[r.id] = max(expected_pages(r) - r.num_pages - need, 1)
+      more[r.id] = max(to_come(r) - need, 1)
     run[r.id] = count
     tokens -= count
     free -= need
   return Plan(run, tuple(r.id for r in preempt))
+
+
+def _demand(request, budget, most):
+  """Tokens to compute of it, at most `most`, and the free pages they need."""
+  if request.is_decoding:
+    pages = -(-request.num_tokens // budget.page_size)
+    return 1, max(0, pages - request.num_pages)
+  start = budget.start(request)
+  count = min(request.num_tokens - start, most)
+  return count, budget.num_new_pages(request, start + count)
 
 
 def _enough(victims, pages, rows, more):

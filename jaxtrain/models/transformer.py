@@ -139,13 +139,7 @@ class Transformer(nn.Module):
         jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape
       )
     if attend is None:
-      # `nn.scan` cannot initialise through a `shard_map`; nothing but shapes
-      # matters then, and XLA's version is the quickest to trace.
-      attend = (
-        Causal(implementation='xla')
-        if self.is_initializing()
-        else Causal(shard=self.shard)
-      )
+      attend = self._causal()
     common = dict(dtype=self.dtype, param_dtype=self.param_dtype)
     x, table = Embed(
       c.vocab_size, c.embed_dim, shard=self.shard, name='embed', **common
@@ -188,6 +182,13 @@ class Transformer(nn.Module):
     if not unembed:
       return x, cache
     return self.shard(logits(x, head, c), 'batch', 'seq', 'act_vocab'), cache
+
+  def _causal(self):
+    if self.is_initializing():
+      # `nn.scan` cannot initialise through a `shard_map`; nothing but shapes
+      # matters then, and XLA's version is the quickest to trace.
+      return Causal(implementation='xla')
+    return Causal(shard=self.shard)
 
   def _layers(self, positions):
     """Per-layer data to scan over, and the tables they index."""

@@ -179,11 +179,7 @@ def _accumulate(
 
   item_W = i * num_items + jnp.arange(num_items)
   tile_W = _sequence_of(item_W, offset_A1)
-  # Items are in the order of their tiles, and all tiles before the last one in
-  # use have some: no more tiles than items are touched.
-  num_tiles = min(num_items, carry[0].shape[0])
-  start = jnp.minimum(tile_W[0], carry[0].shape[0] - num_tiles)
-  m, l, acc = (jax.lax.dynamic_slice_in_dim(x, start, num_tiles) for x in carry)
+  start, (m, l, acc) = _touched(carry, tile_W)
   chunk_W = first_A[tile_W] + item_W - offset_A1[tile_W]
   chunk_W = jnp.where(item_W < offset_A1[-1], chunk_W, -1)
 
@@ -198,18 +194,15 @@ def _accumulate(
   if soft_cap is not None:
     s = soft_cap * jnp.tanh(s / soft_cap)
   slot_WS = chunk_W[:, None] * chunk + jnp.arange(chunk)
-  position_WR = position_AR[tile_W]
-  seen = slot_WS[:, None] <= position_WR[..., None]
-  seen &= (chunk_W >= 0)[:, None, None]
-  if window is not None:
-    seen &= position_WR[..., None] - slot_WS[:, None] < window
+  seen = (chunk_W >= 0)[:, None, None]
+  seen &= _is_seen(position_AR[tile_W], slot_WS, window)
   if tree is not None:
     seen &= _in_tree(tree, tile_W, slot_WS, seen.shape[1])
   s = jnp.where(seen[:, None], s, _MASKED)
 
   # Merged through a one-hot matrix: XLA's CPU scatter is a loop over rows.
   local_W = tile_W - start
-  of_tile_AW = local_W == jnp.arange(num_tiles)[:, None]
+  of_tile_AW = local_W == jnp.arange(m.shape[0])[:, None]
   best_WKR = s.max(axis=-1)
   best = jnp.where(of_tile_AW[:, :, None, None], best_WKR, _MASKED).max(axis=1)
   m_new = jnp.maximum(m, best)
@@ -228,6 +221,26 @@ def _accumulate(
     jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
     for x, y in zip(carry, new, strict=True)
   )
+
+
+def _touched(carry, tile_W):
+  """First of the tiles that some items touch, and what is known of these.
+
+  Items are in the order of their tiles, and all tiles before the last one in
+  use have some: there are no more of them than items.
+  """
+  a = carry[0].shape[0]
+  count = min(len(tile_W), a)
+  start = jnp.minimum(tile_W[0], a - count)
+  return start, [jax.lax.dynamic_slice_in_dim(x, start, count) for x in carry]
+
+
+def _is_seen(position_WR, slot_WS, window):
+  """`[W, R, S]`: whether a query sees a slot."""
+  seen = slot_WS[:, None] <= position_WR[..., None]
+  if window is not None:
+    seen &= position_WR[..., None] - slot_WS[:, None] < window
+  return seen
 
 
 def _merged(of_tile_AW, sums, update):
