@@ -100,10 +100,12 @@ class Memory:
       if c.is_swapped:
         return self._swap_in(c, count)
       return self._enter(c, count)
-    new = self._take(self._pages(c.num_computed + count) - len(c.pages))
-    if new is None:
-      return 0
-    c.pages += new
+    missing = self._pages(c.num_computed + count) - len(c.pages)
+    if missing > 0:
+      new = self._take(missing)
+      if new is None:
+        return 0
+      c.pages += new
     return count
 
   def flush(self) -> None:
