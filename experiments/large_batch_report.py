@@ -173,8 +173,9 @@ def draw(records: Sequence[Record], path: str | os.PathLike) -> None:
       x = [r['tokens'] for r in reached]
       y = [r['steps'] for r in reached]
       steps_axes.plot(x, y, marker='o', color=color, label=name)
-      perfect = [y[0] * x[0] / b for b in x]
-      steps_axes.plot(x, perfect, ':', color=color, alpha=0.4)
+      if len(x) > 1:
+        perfect = critical_batch.perfect_scaling(x, y)
+        steps_axes.plot(x, perfect, ':', color=color, alpha=0.4)
     fit = knee(rows, name)
     if fit and math.isfinite(fit['overhead']):
       steps_axes.axvline(fit['overhead'], color=color, alpha=0.5)

@@ -13,7 +13,7 @@ A batch is looked at in groups, whose gradients give the noise scale, and what
 `vrgd` wants, at no extra backward pass.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import json
@@ -90,7 +90,7 @@ class Space:
 
   Attributes:
     name: File in jaxtrain/optimizers/, or an optax transformation.
-    rate: Learning rate in the middle of the range at `Search.batch_size`.
+    rate: Learning rate in the middle of the range at 8 rows, see `trials`.
     kwargs: Arguments that are not tuned.
     momentum: Name of the argument that 1 - b1 is drawn for.
     mean_square: Whether its update wants the squares of the groups' gradients.
@@ -303,7 +303,6 @@ def run(
   program: Program,
   h: Mapping[str, float],
   seed: int,
-  on_eval: Callable[[int, int], None] = lambda step, last: None,
 ) -> dict[str, Any]:
   """Runs one trial.
 
@@ -311,7 +310,6 @@ def run(
     program: Of its optimizer and batch size.
     h: Its 'learning_rate' and 'momentum'.
     seed: Of parameters and batches.
-    on_eval: Called after each evaluation with steps so far and at most.
 
   Returns:
     'curve': [step, held-out loss] pairs; 'noise': [step, mean square of the
@@ -333,7 +331,6 @@ def run(
     curve.append([step, round(float(loss), 5)])
     noise.append([step, *((total - before) / done_now).tolist()])
     before = total
-    on_eval(step, steps[-1])
     if step >= budget and loss <= task.target:
       break
   diverged = not curve or curve[-1][0] != done

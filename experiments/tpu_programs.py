@@ -50,6 +50,14 @@ TRAINING_CLASSES = {
 }
 SERVING_CLASSES = {'[0]': 'parameters', '[1]': 'KV pages', '[2]': 'step inputs'}
 SERVING_CLASSES['[3]'] = SERVING_CLASSES['[2]']
+# What `experiments.training.run` passes on to `make_train_step` as it is.
+_STEP_OPTIONS = (
+  'accumulation',
+  'max_grad_norm',
+  'mean_square',
+  'noise_scale',
+  'z_loss',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +90,6 @@ class TrainingStep:
       mlp_chunk=c.get('mlp_chunk'),
       shard=constrainer(mesh, rules),
     )
-    options = (
-      *('accumulation', 'max_grad_norm', 'mean_square', 'noise_scale'),
-      'z_loss',
-    )
     step = train_step.make_train_step(
       model,
       tx,
@@ -95,7 +99,7 @@ class TrainingStep:
       context=choices.context_parallelism(
         c.get('context', 'auto'), c['model'], mesh, rules, c['seq_len']
       ),
-      **{name: c[name] for name in options if name in c},
+      **{name: c[name] for name in _STEP_OPTIONS if name in c},
     )
     shape = c['batch_size'], c['seq_len']
     batch = {

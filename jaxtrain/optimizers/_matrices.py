@@ -24,6 +24,24 @@ def split(
   return optax.partition({'matrix': matrices, 'rest': rest}, labels)
 
 
+def beside_adamw(
+  matrices: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b1: float,
+  b2: float,
+  eps: float,
+  weight_decay: float,
+  mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """`matrices` with AdamW for the rest, one learning rate and decay for all."""
+  return optax.chain(
+    split(matrices, optax.scale_by_adam(b1, b2, eps)),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
 def map_matrices(f: Any, tree: Any, *others: Any) -> Any:
   """Tree of `f([..., R, C] in float32, *others)` for a tree of matrices.
 
@@ -39,6 +57,13 @@ def map_matrices(f: Any, tree: Any, *others: Any) -> Any:
     leaves,
     tree,
     *others,
+  )
+
+
+def shaped_as(tree: Any, like: Any) -> Any:
+  """Matrices in the shapes and dtypes of the leaves of `like`."""
+  return jax.tree.map(
+    lambda x, y: x.reshape(y.shape).astype(y.dtype), tree, like
   )
 
 

@@ -86,15 +86,16 @@ def apollo(
   Returns:
     The optax transformation.
   """
-  return optax.chain(
-    _matrices.split(
-      scale_by_apollo(
-        _per_channel, rank, scale, update_proj_gap, gamma, b1, b2, eps, seed
-      ),
-      optax.scale_by_adam(b1, b2, eps),
+  return _matrices.beside_adamw(
+    scale_by_apollo(
+      _per_channel, rank, scale, update_proj_gap, gamma, b1, b2, eps, seed
     ),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=mask,
   )
 
 
@@ -158,9 +159,7 @@ def scale_by_apollo(
 
     found = _matrices.map_matrices(one, updates, state.mu, state.nu, state.norm)
     new, mu, nu, norm = _matrices.unzip(found, updates, 4)
-    new = jax.tree.map(
-      lambda x, u: x.reshape(u.shape).astype(u.dtype), new, updates
-    )
+    new = _matrices.shaped_as(new, updates)
     return new, ApolloState(count, mu, nu, norm)
 
   return optax.GradientTransformation(init, update)

@@ -48,15 +48,16 @@ def apollo_mini(
   Returns:
     The optax transformation.
   """
-  return optax.chain(
-    _matrices.split(
-      apollo.scale_by_apollo(
-        _per_tensor, 1, scale, update_proj_gap, gamma, b1, b2, eps, seed
-      ),
-      optax.scale_by_adam(b1, b2, eps),
+  return _matrices.beside_adamw(
+    apollo.scale_by_apollo(
+      _per_tensor, 1, scale, update_proj_gap, gamma, b1, b2, eps, seed
     ),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=mask,
   )
 
 

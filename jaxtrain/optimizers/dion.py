@@ -148,9 +148,8 @@ def scale_by_dion(
     del params
     found = _matrices.map_matrices(one, state.momentum, updates, state.q)
     new, m, q = _matrices.unzip(found, updates, 3)
-    like = lambda x, u: x.reshape(u.shape).astype(u.dtype)
-    new = jax.tree.map(like, new, updates)
-    return new, DionState(jax.tree.map(like, m, state.momentum), q)
+    momentum = _matrices.shaped_as(m, state.momentum)
+    return _matrices.shaped_as(new, updates), DionState(momentum, q)
 
   return optax.GradientTransformation(init, update)
 

@@ -21,6 +21,9 @@ Deviations:
 * That signSGD's step is AdamW's (`free_scale` of 1) in pre-training is from
   memory of the paper, not looked up again.
 
+On a CPU of few cores LAPACK, which 'svd' calls, may wait for ever beside other
+work of the same program, as it did for Dion's QR.
+
 Embeddings and vectors are AdamW's, always.
 """
 
@@ -111,13 +114,14 @@ def frugal(
   if project not in known:
     raise ValueError(f'project {project!r} is not one of {", ".join(known)}')
   subspace = known[project](density, seed)
-  return optax.chain(
-    _matrices.split(
-      scale_by_frugal(subspace, update_gap, free_scale, b1, b2, eps),
-      optax.scale_by_adam(b1, b2, eps),
-    ),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
+  return _matrices.beside_adamw(
+    scale_by_frugal(subspace, update_gap, free_scale, b1, b2, eps),
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=mask,
   )
 
 
@@ -163,9 +167,7 @@ def scale_by_frugal(
       one, updates, state.mu, state.nu, state.basis
     )
     new, mu, nu, basis = _matrices.unzip(found, updates, 4)
-    new = jax.tree.map(
-      lambda x, u: x.reshape(u.shape).astype(u.dtype), new, updates
-    )
+    new = _matrices.shaped_as(new, updates)
     count = optax.safe_increment(state.count)
     return new, FrugalState(count, mu, nu, basis)
 

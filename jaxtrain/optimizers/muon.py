@@ -84,13 +84,14 @@ def muon(
   Returns:
     The optax transformation.
   """
-  return optax.chain(
-    _matrices.split(
-      scale_by_muon(momentum, nesterov, ns_steps, ns_dtype, spread),
-      optax.scale_by_adam(b1, b2, eps),
-    ),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
+  return _matrices.beside_adamw(
+    scale_by_muon(momentum, nesterov, ns_steps, ns_dtype, spread),
+    learning_rate,
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mask=mask,
   )
 
 
@@ -120,9 +121,8 @@ def scale_by_muon(
     new = jax.tree.map(add, wide(state.momentum), grads)
     ahead = jax.tree.map(add, new, grads) if nesterov else new
     found = _matrices.map_matrices(direction, ahead)
-    like = lambda x, u: x.reshape(u.shape).astype(u.dtype)
-    new = jax.tree.map(like, new, state.momentum)
-    return jax.tree.map(like, found, updates), MuonState(new)
+    new = _matrices.shaped_as(new, state.momentum)
+    return _matrices.shaped_as(found, updates), MuonState(new)
 
   return optax.GradientTransformation(init, update)
 
