@@ -66,7 +66,8 @@ _THIRD_PARTY = {
   'experiments.benchmarks.peers': _ALL | _PEERS,
 }
 
-# Run on the host between steps, or outlive trainers; must work and be testable without jax.
+# Run on the host between steps, or outlive trainers; must work and be testable
+# without jax.
 _HOST = (
   'jaxserve.chat',
   'jaxserve.constraints',
