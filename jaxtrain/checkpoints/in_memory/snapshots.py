@@ -84,7 +84,8 @@ class InMemorySnapshots:
   Raises:
     ValueError: Addresses that are none or there twice, `num_parity` not in
       1..len(keepers) - 1, processes that do not divide keepers, an unknown
-      `when_busy`, or keepers that do not answer, all of them.
+      `when_busy`, keepers on other hosts than their processes, or that do not
+      answer, all of them.
   """
 
   def __init__(
@@ -111,6 +112,7 @@ class InMemorySnapshots:
     found, silent = reader.find(self._keepers, timeout_s)
     if not found and len(silent) == len(keepers):
       raise ValueError(f'no keeper answers: {"; ".join(silent.values())}')
+    self._writer.check()
 
   @classmethod
   def from_file(

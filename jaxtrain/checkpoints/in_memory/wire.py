@@ -23,6 +23,10 @@ class RefusedError(WireError):
   """The other side is there, and does not do what it is asked."""
 
 
+class SlowError(WireError):
+  """The other side does not answer in time."""
+
+
 def parse_address(address: str) -> tuple[str, int]:
   """`'host:port'` as host and port.
 
@@ -52,6 +56,8 @@ def connect(address: str, timeout_s: float) -> socket.socket:
   """
   try:
     sock = socket.create_connection(parse_address(address), timeout_s)
+  except TimeoutError as e:
+    raise SlowError(f'keeper {address} does not answer') from e
   except OSError as e:
     raise WireError(f'no keeper at {address} ({e})') from e
   sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -158,6 +164,7 @@ class Peer:
     buffers: Sequence[memoryview] = (),
     into: memoryview | None = None,
     max_fds: int = 0,
+    timeout_s: float | None = None,
   ) -> tuple[dict[str, Any], list[int]]:
     """Sends a message and receives the answer.
 
@@ -166,14 +173,18 @@ class Peer:
       buffers: Bytes to go with it.
       into: Where the bytes of the answer go, exactly as many.
       max_fds: How many open files may come back.
+      timeout_s: Instead of the connection's, from now on.
 
     Returns:
       The header of the answer, and the files.
 
     Raises:
-      WireError: The keeper is gone or too slow.
+      WireError: The keeper is gone.
+      SlowError: It does not answer in time.
       RefusedError: It says what is wrong.
     """
+    if timeout_s is not None:
+      self._sock.settimeout(timeout_s)
     try:
       send(self._sock, header, buffers)
       answer, fds = receive(self._sock, max_fds)
@@ -187,6 +198,8 @@ class Peer:
         receive_into(self._sock, into)
     except RefusedError:
       raise
+    except TimeoutError as e:
+      raise SlowError(f'keeper {self.address} does not answer') from e
     except (OSError, ValueError) as e:
       raise WireError(f'keeper {self.address}: {e or type(e).__name__}') from e
     return answer, fds

@@ -91,6 +91,11 @@ class Writer:
       'reason': next((r['reason'] for r in results if r['reason']), None),
     }
 
+  def check(self) -> None:
+    """Raises `ValueError` if a keeper of this process is on another host."""
+    for feed in self._feeds.values():
+      feed.check()
+
   def close(self) -> None:
     """Closes connections."""
     for feed in self._feeds.values():
