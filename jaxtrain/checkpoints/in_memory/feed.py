@@ -34,6 +34,7 @@ class Feed:
     self._own = np.zeros(0, np.uint8)  # Without a keeper.
     self._version: tuple[VersionId, Group, int] | None = None
     self._hung_until = 0.0
+    self._is_lost = False
 
   def check(self) -> None:
     """Looks whether the keeper is on this host.
@@ -143,9 +144,14 @@ class Feed:
   def _connect(self):
     sock = wire.connect_local(self.address, self._timeout_s)
     self._peer = wire.Peer(self.address, sock)
+    if self._is_lost:
+      _log.warning('Keeper %s is back', self.address)
+    self._is_lost = False
 
   def _lose(self, error):
-    _log.warning('A snapshot is taken without a keeper: %s', error)
+    if not self._is_lost:
+      _log.warning('Snapshots are taken without a keeper: %s', error)
+    self._is_lost = True
     if isinstance(error, wire.SlowError):
       # Not to wait for it at every step.
       self._hung_until = time.monotonic() + _PATIENCE * self._timeout_s

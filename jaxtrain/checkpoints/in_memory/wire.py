@@ -13,6 +13,7 @@ from typing import Any
 
 _LENGTH = struct.Struct('<I')
 _MAX_HEADER = 1 << 28
+_CONNECT_S = 5.0  # A host without power does not even refuse.
 
 
 class WireError(ConnectionError):
@@ -49,17 +50,20 @@ def connect(address: str, timeout_s: float) -> socket.socket:
 
   Args:
     address: 'host:port'.
-    timeout_s: For connecting, and later for every step of a message.
+    timeout_s: For every step of a message, and at most 5 s to connect.
 
   Raises:
     WireError: Nobody is there.
   """
   try:
-    sock = socket.create_connection(parse_address(address), timeout_s)
+    sock = socket.create_connection(
+      parse_address(address), min(timeout_s, _CONNECT_S)
+    )
   except TimeoutError as e:
     raise SlowError(f'keeper {address} does not answer') from e
   except OSError as e:
     raise WireError(f'no keeper at {address} ({e})') from e
+  sock.settimeout(timeout_s)
   sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   return sock
 

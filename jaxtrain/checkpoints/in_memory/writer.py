@@ -61,10 +61,6 @@ class Writer:
     Raises:
       ValueError: A keeper has a later version.
     """
-    leaves = {
-      k: x if isinstance(x, jax.Array) else np.asarray(x)
-      for k, x in leaves.items()
-    }
     layout, sources = self._planned(leaves)
     stripes = Stripes(len(self._keepers), self._num_parity)
     group = Group(
