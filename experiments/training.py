@@ -5,11 +5,14 @@ import functools
 import os
 from typing import Any
 
+import optax
+
 from experiments import choices
 from jaxtrain import data
 from jaxtrain import distributed
 from jaxtrain import loop
 from jaxtrain import schedules
+from jaxtrain.checkpoints import convert
 from jaxtrain.checkpoints.tokenizer import load_tokenizer
 from jaxtrain.memory import policies
 from jaxtrain.models.config import ModelConfig
@@ -54,6 +57,7 @@ def run(
   mlp_chunk: int | None = None,
   seed: int = 0,
   eval_batches: int = 16,
+  initial: Mapping[str, Any] | None = None,
   **options: Any,
 ) -> loop.TrainResult:
   """Trains one model; the keyword arguments are what a config may hold.
@@ -85,6 +89,10 @@ def run(
     seed: Of parameters and data order.
     eval_batches: Batches per evaluation on the validation split; 0 never
       evaluates.
+    initial: Another run's checkpoint to start from, where `workdir` has none:
+      {'directory': its checkpoints/, and 'rules' and 'step' of
+      `checkpoints.convert.restore`}. The step goes on from there, the data
+      start anew.
     **options: Those of `OPTIONS`, see `jaxtrain.loop.train` and
       `jaxtrain.train_step.make_train_step`.
 
@@ -99,7 +107,7 @@ def run(
   _check_sizes(model, text.vocab_size, seq_len)
   rules = choices.sharding_rules(rules)
   mesh = make_mesh(mesh, across_slices=across_slices)
-  rate = choices.named(schedules, 'schedule', {'num_steps': steps, **schedule})
+  rate = _rate(schedule, steps)
   tx = choices.optimizer(optimizer, rate)
   transformer = _transformer(model, dtype, param_dtype, remat, mlp_chunk)
   share = distributed.batch_share(named_sharding(mesh, rules, 'batch', 'seq'))
@@ -127,8 +135,35 @@ def run(
     eval_batches=max(eval_batches, 1),
     learning_rate=rate,
     context=choices.context_parallelism(context, model, mesh, rules, seq_len),
+    initial=None if initial is None else _initial(**initial),
     **options,
   )
+
+
+def model_and_optimizer(
+  *,
+  model: ModelConfig,
+  steps: int,
+  optimizer: Mapping[str, Any],
+  schedule: Mapping[str, Any],
+  param_dtype: str = 'float32',
+  **others: Any,
+) -> tuple[Transformer, optax.GradientTransformation]:
+  """What the state of a run is made by; arguments are those of `run`."""
+  del others
+  tx = choices.optimizer(optimizer, _rate(schedule, steps))
+  return _transformer(model, 'float32', param_dtype, 'none', None), tx
+
+
+def _rate(schedule, steps):
+  return choices.named(schedules, 'schedule', {'num_steps': steps, **schedule})
+
+
+def _initial(directory, rules=(), step=None):
+  def restore(target, new):
+    return convert.restore(directory, rules, target, new, step)
+
+  return restore
 
 
 def _transformer(model, dtype, param_dtype, remat, mlp_chunk):

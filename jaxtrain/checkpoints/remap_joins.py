@@ -136,7 +136,7 @@ class Split:
       news = [remap_names.expand(to, match) for to in self.to]
       try:
         dim = check_dim(self.dim, leaf.view.shape)
-        parts = self._split(leaf.view, dim)
+        parts = list(self._split(leaf.view, dim))
       except Misfit as e:
         yield Change((name,), dict.fromkeys(news), f'{name}: {e}')
         continue
