@@ -12,8 +12,8 @@ of the run that went on where it was. (They are not the same bits: layouts add
 up in another order.) The first of them depends on the parameters alone, the
 second on the moments too.
 
-Prints a table, writes JSON to --output and a picture beside it. Ten minutes on
-two cores, most of it compiling a step for each layout.
+Prints what it does, writes JSON to --output and a picture beside it. Four
+minutes of CPU time, half of it to compile a step for each layout.
 """
 
 import json

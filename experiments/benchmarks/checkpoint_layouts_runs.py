@@ -88,6 +88,16 @@ class Layout:
     with CheckpointManager(self.folder) as manager:
       manager.save(SAVED_AT, vars(state), config=_CONFIG)
 
+  def random_state(self) -> TrainState:
+    """A state of this layout, made without compiling anything."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+      lambda x: jax.device_put(
+        (99 * rng.random(x.shape)).astype(x.dtype), x.sharding
+      ),
+      self.spec.abstract,
+    )
+
   def next_losses(self, state: TrainState) -> list[float]:
     """Losses of the two steps after the checkpoint; uses `state` up."""
     losses = []
