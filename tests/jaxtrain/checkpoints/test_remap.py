@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from jaxtrain.checkpoints import convert
 from jaxtrain.checkpoints import remap
@@ -348,6 +349,31 @@ def test_each_process_would_read_its_rectangles_only(tmp_path):
     state = remap.read(plan, target, on_read=parts.append)
   assert parts == [512, 512]  # Two shards, each once, not one for each replica.
   np.testing.assert_array_equal(state['params']['w'], x)
+
+
+def _bytes_read():
+  name = '/tensorstore/kvstore/file/bytes_read'
+  found = ts.experimental_collect_matching_metrics(name)
+  return sum(v['value'] for metric in found for v in metric['values'])
+
+
+def test_of_the_files_only_what_a_shard_needs_is_read(tmp_path):
+  mesh = make_mesh('fsdp=8')
+  by_row = jax.sharding.NamedSharding(mesh, jax.P(None, 'fsdp'))
+  noise = np.random.default_rng(0).normal(size=(2, 512, 256))
+  w = jax.device_put(noise.astype(np.float32), by_row)  # 1 MiB, incompressible.
+  with CheckpointManager(tmp_path) as manager:
+    manager.save(1, {'params': {'layers': {'w': w}}})
+  rules = [{'rule': 'unstack', 'from': 'layers/w', 'to': '{i}'}]
+  with stored.open_checkpoint(tmp_path) as checkpoint:
+    plan = remap.plan(checkpoint.leaves, rules)
+    start = _bytes_read()
+    layer = next(r.view for r in plan.rows if r.target == 'params/1')
+    assert _bytes_read() == start
+    found = layer.read((slice(64, 128), slice(0, 256)))
+    # A chunk is a shard of the mesh that saved, here of both layers.
+    assert w.nbytes / 10 < _bytes_read() - start < w.nbytes / 6
+  np.testing.assert_array_equal(found, np.asarray(w)[1, 64:128])
 
 
 def test_damage_is_named(tmp_path):
