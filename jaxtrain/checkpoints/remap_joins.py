@@ -34,7 +34,11 @@ class Stack:
     found: dict[str, dict[int, Any]] = {}
     for name, match in remap_names.matches(self.source, leaves):
       new = remap_names.expand(self.to, match)
-      found.setdefault(new, {})[int(match['i'])] = (name, match)
+      layers = found.setdefault(new, {})
+      first, _ = layers.setdefault(int(match['i']), (name, match))
+      if first != name:
+        fault = f'{new}: {first} and {name} are the same part of it'
+        yield Change((), {new: None}, fault)
     for new, layers in found.items():
       names = tuple(layers[i][0] for i in sorted(layers))
       try:
@@ -193,7 +197,11 @@ class Fuse:
     found: dict[str, dict[int, str]] = {}
     for k, pattern in enumerate(self.source):
       for name, match in remap_names.matches(pattern, leaves):
-        found.setdefault(remap_names.expand(self.to, match), {})[k] = name
+        new = remap_names.expand(self.to, match)
+        first = found.setdefault(new, {}).setdefault(k, name)
+        if first != name:
+          fault = f'{new}: {first} and {name} are the same part of it'
+          yield Change((), {new: None}, fault)
     for new, parts in found.items():
       names = tuple(parts.values())
       try:

@@ -351,6 +351,50 @@ def test_each_process_would_read_its_rectangles_only(tmp_path):
   np.testing.assert_array_equal(state['params']['w'], x)
 
 
+def test_new_leaves_and_their_moments_are_the_new_states(tmp_path):
+  arrays = _arrays(w=(3,))
+  tree = _saved(tmp_path / 'c', arrays)
+  key = jax.random.key(5, impl='rbg')
+  with CheckpointManager(tmp_path / 'c') as manager:
+    manager.save(5, tree | {'rng': key})
+  target = jax.tree.map(jnp.zeros_like, tree) | {
+    'rng': jax.random.key(0, impl='rbg')
+  }
+  ones = jnp.ones(2)
+  for part in (
+    target['params'],
+    *(target['opt_state'][0][m] for m in ('mu', 'nu')),
+  ):
+    part['new'] = ones
+  rules = [{'rule': 'init', 'from': 'new'}]
+  state = convert.restore(tmp_path / 'c', rules, target, new=lambda: target)
+  np.testing.assert_array_equal(state['opt_state'][0]['nu']['new'], ones)
+  np.testing.assert_array_equal(state['params']['w'], arrays['params/w'])
+  assert state['rng'] == key and state['opt_state'][0]['count'] == 7
+  with pytest.raises(ValueError, match='lacks .*mu/new .2,., .*params/new'):
+    convert.restore(tmp_path / 'c', [], target)
+  rules = [{'rule': 'init', 'from': 'w'}]
+  with pytest.raises(ValueError, match="has all of 'w'; drop it first"):
+    convert.restore(tmp_path / 'c', rules, tree)
+
+
+def test_two_leaves_of_one_rule_may_not_become_one():
+  leaves = _views(_arrays(a=(2,), b=(2,)))
+  rules = [{'rule': 'rename', 'from': '.', 'to': 'c'}]
+  with pytest.raises(ValueError, match='writes params/c, which rule 1 .rename'):
+    remap.plan(leaves, rules)
+  rules = [{'rule': 'fuse', 'from': ['a', '.'], 'to': 'c'}]
+  with pytest.raises(ValueError, match='params/c: a and b are the same part'):
+    remap.plan(leaves, rules)
+  rules = [{'rule': 'fuse', 'from': ['a', 'a'], 'to': 'c'}]
+  with pytest.raises(ValueError, match='takes params/a twice'):
+    remap.plan(leaves, rules)
+  leaves = _views(_arrays(a0=(2,), b0=(2,)))
+  rules = [{'rule': 'stack', 'from': '.{i}', 'to': 'c'}]
+  with pytest.raises(ValueError, match='params/c: a0 and b0 are the same part'):
+    remap.plan(leaves, rules)
+
+
 def _bytes_read():
   name = '/tensorstore/kvstore/file/bytes_read'
   found = ts.experimental_collect_matching_metrics(name)
