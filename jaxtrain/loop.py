@@ -18,7 +18,6 @@ from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
 from jaxtrain.run import Dataset
 from jaxtrain.run import Evaluation
-from jaxtrain.run import Initial
 from jaxtrain.run import NonFiniteError
 from jaxtrain.run import Run
 from jaxtrain.run import RunFiles
@@ -48,7 +47,6 @@ def train(
   log_every: int = 10,
   progress: bool = True,
   context: Context | None = None,
-  initial: Initial | None = None,
   **step_options: Any,
 ) -> TrainResult:
   """Trains until `steps` updates are made, going on from a checkpoint.
@@ -79,10 +77,6 @@ def train(
     log_every: Steps between rows of metrics.
     progress: Whether process 0 shows progress.
     context: See `make_train_step`.
-    initial: Makes the first state where `workdir` has no checkpoint:
-      `initial(abstract, new)` is given shapes with shardings and a function to
-      what the seed makes of them, dicts of the fields of `TrainState`, and
-      returns such a dict. The run goes on from its step, with the first batch.
     **step_options: Of `make_train_step`: accumulation, max_grad_norm, z_loss,
       learning_rate, noise_scale, mean_square.
 
@@ -108,6 +102,9 @@ def train(
     model, tx, mesh, rules, context=context, **step_options
   )
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
+  evaluation = None
+  if eval_dataset is not None:
+    evaluation = Evaluation(eval_dataset, eval_every, eval_batches)
   with (
     shown,
     StopSignal() as stop,
@@ -124,17 +121,13 @@ def train(
       steps=steps,
       log_every=log_every,
       metadata=metadata,
-      evaluation=_evaluation(eval_dataset, eval_every, eval_batches),
+      evaluation=evaluation,
       context=context,
     )
-    run.start(dataset, seed, initial)
+    run.start(dataset, seed)
     stopped_by = run.loop(stop)
     run.finish(stopped_by)
   return run.result(stopped_by)
-
-
-def _evaluation(dataset, every, batches):
-  return None if dataset is None else Evaluation(dataset, every, batches)
 
 
 def _check_sizes(**sizes):

@@ -5,7 +5,7 @@ nothing can compile later. Metrics are read one step late: while the host waits
 for step n, step n + 1 is already on the device.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 import dataclasses
 import os
 import pathlib
@@ -37,9 +37,6 @@ from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
 
 Dataset = Iterable[dict[str, np.ndarray]]
-# From shapes, and a function to the new state, to the first state: dicts of the
-# fields of `TrainState`.
-Initial = Callable[[dict[str, Any], Callable[[], Any]], dict[str, Any]]
 
 
 class NonFiniteError(RuntimeError):
@@ -141,35 +138,26 @@ class Run:
     self.saved_at = self.evaluated_at = None
     self.history, self.window = [], []
 
-  def start(
-    self, dataset: Dataset, seed: int, initial: Initial | None = None
-  ) -> None:
+  def start(self, dataset: Dataset, seed: int) -> None:
     """Makes the first state, or reads the latest checkpoint."""
     self.iterator = iter(dataset)
     checkpoints = self.files.checkpoints
     self.step = checkpoints.latest_step() if checkpoints else None
-    spec = train_state_lib.state_spec(
-      self.model, self.tx, self.mesh, self.rules
-    )
-    if self.step is None and initial is not None:
-      state = initial(vars(spec.abstract), lambda: vars(self._first(seed)))
-      self.state = TrainState(**state)
-      self.step = int(self.state.step)
-      self.shown.say(f'starts at step {self.step} of another run')
-    elif self.step is None:
-      self.step, self.state = 0, self._first(seed)
+    if self.step is None:
+      self.step = 0
+      self.state = train_state_lib.init_state(
+        self.model, self.tx, self.mesh, self.rules, seed=seed
+      )
+      self.num_programs += 1
     else:
+      spec = train_state_lib.state_spec(
+        self.model, self.tx, self.mesh, self.rules
+      )
       state, data_state, _ = checkpoints.restore(vars(spec.abstract))
       self.state, self.saved_at = TrainState(**state), self.step
       self._forward_data(data_state)
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
     self.shown.start(self.step)
-
-  def _first(self, seed):
-    self.num_programs += 1
-    return train_state_lib.init_state(
-      self.model, self.tx, self.mesh, self.rules, seed=seed
-    )
 
   def _forward_data(self, data_state):
     if data_state is not None:

@@ -49,6 +49,54 @@ def restore(
     return remap.read(plan, target, fresh)
 
 
+def begin(
+  directory: str | os.PathLike,
+  source: str | os.PathLike,
+  rules: Sequence[Mapping[str, Any]],
+  target: Any,
+  new: Callable[[], Any],
+  *,
+  step: int | None = None,
+  data_state: Any,
+  config: ModelConfig,
+  metadata: dict[str, Any],
+) -> bool:
+  """Makes another run's checkpoint the first one of a run that has none.
+
+  A run that is interrupted before it has saved anything thus finds it, too.
+
+  Args:
+    directory: Checkpoints of the run.
+    source: Those of the other run.
+    rules: See `restore`.
+    target: See `restore`; has a 'step', which is the checkpoint's number.
+    new: See `restore`.
+    step: Which of the other run's; `None` is the latest.
+    data_state: See `CheckpointManager.save`.
+    config: See `CheckpointManager.save`.
+    metadata: See `CheckpointManager.save`.
+
+  Returns:
+    Whether it did: not if the run has a checkpoint.
+
+  Raises:
+    ValueError: As `restore`.
+  """
+  with CheckpointManager(directory, keep=None) as manager:
+    if manager.latest_step() is not None:
+      return False
+    state = restore(source, rules, target, new, step)
+    manager.save(
+      int(state['step']),
+      state,
+      data_state=data_state,
+      config=config,
+      metadata=metadata,
+      force=True,
+    )
+  return True
+
+
 def target_of(
   checkpoint: stored.Checkpoint,
   plan: remap.Plan,

@@ -110,6 +110,28 @@ def test_another_optimizer_and_vocabulary(tmp_path, saved):
     convert_checkpoint.run(source, None, rules[:2])
 
 
+def test_a_config_begins_with_another_runs_checkpoint(tmp_path, saved):
+  source, state = saved
+  overrides = [_LAMB, 'mesh=tensor=2', 'eval_batches=0', 'steps=3']
+  config, _ = _abstract([*overrides, 'schedule.num_steps=100'])
+  initial = {'directory': str(source), 'rules': [{'rule': 'optimizer'}]}
+  result = training.run(
+    tmp_path, **config, initial=initial | {'step': 6}, progress=False
+  )
+  # There was nothing left to do; the numbers in order begin with 3.
+  assert result.step == 3 and not result.history
+  _assert_equal(
+    jax.tree.map(np.asarray, result.state.params),
+    jax.tree.map(np.asarray, state['params']),
+  )
+  with CheckpointManager(tmp_path / 'checkpoints') as manager:
+    assert manager.all_steps() == [3]
+  with pytest.raises(ValueError, match="'initial' needs a workdir"):
+    training.run(None, **config, initial=initial)
+  with pytest.raises(ValueError, match="'initial' has unknown rule; known"):
+    training.run(tmp_path, **config, initial=initial | {'rule': []})
+
+
 def test_a_dry_run_prints_and_writes_nothing(tmp_path, saved, capsys):
   source, _ = saved
   file = tmp_path / 'rules.py'

@@ -1,6 +1,6 @@
-"""A run that starts from another's checkpoint goes on as that one did."""
+"""A run that begins with another's checkpoint goes on as that one did."""
 
-import itertools
+import dataclasses
 
 import jax
 import numpy as np
@@ -8,12 +8,17 @@ import optax
 import pytest
 
 from jaxtrain import loop
+from jaxtrain import train_state
 from jaxtrain.checkpoints import convert
+from jaxtrain.checkpoints import remap_language
+from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import make_mesh
 
+_RULES = PRESETS['default']
+_TX = optax.adamw(1e-2)
 _CONFIG = ModelConfig(
   vocab_size=32,
   embed_dim=8,
@@ -27,16 +32,22 @@ _CONFIG = ModelConfig(
 
 
 class _Batches:
-  """The same random batches every time, from number `first`."""
-
-  def __init__(self, first=0):
-    self._first = first
+  """The same random batches every time."""
 
   def __iter__(self):
-    return map(self._batch, itertools.count(self._first))
+    return _Iterator()
 
-  def _batch(self, number):
-    tokens = np.random.default_rng(number).integers(0, 32, (4, 9))
+
+class _Iterator:
+  def __init__(self):
+    self._number = 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    tokens = np.random.default_rng(self._number).integers(0, 32, (4, 9))
+    self._number += 1
     return dict(
       tokens=tokens[:, :-1].astype(np.int32),
       targets=tokens[:, 1:].astype(np.int32),
@@ -45,60 +56,80 @@ class _Batches:
       weights=np.ones((4, 8), np.float32),
     )
 
+  def get_state(self):
+    return self._number
 
-def _train(workdir, first=0, mesh='', **options):
+  def set_state(self, number):
+    self._number = number
+
+
+def _train(workdir, steps=4):
   return loop.train(
     Transformer(_CONFIG),
-    optax.adamw(1e-2),
-    _Batches(first),
-    mesh=make_mesh(mesh),
-    rules=PRESETS['default'],
-    steps=4,
+    _TX,
+    _Batches(),
+    mesh=make_mesh(''),
+    rules=_RULES,
+    steps=steps,
     workdir=workdir,
     save_every=2,
     log_every=1,
     progress=False,
+  )
+
+
+def _begin(workdir, source, rules, new, **options):
+  spec = train_state.state_spec(
+    Transformer(_CONFIG), _TX, make_mesh(''), _RULES
+  )
+  return convert.begin(
+    workdir / 'checkpoints',
+    source / 'checkpoints',
+    rules,
+    vars(spec.abstract),
+    new,
+    config=_CONFIG,
+    metadata={},
     **options,
   )
 
 
-def test_a_run_starts_from_anothers_checkpoint(tmp_path):
-  straight = _train(tmp_path / 'a')
-  source = tmp_path / 'a' / 'checkpoints'
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """The folder and the result of a run of four steps."""
+  folder = tmp_path_factory.mktemp('straight')
+  return folder, _train(folder)
 
-  def initial(target, new):
-    return convert.restore(source, [], target, new, step=2)
 
-  result = _train(tmp_path / 'b', first=2, initial=initial)
+def _refuse():
+  raise AssertionError('made a new state')
+
+
+def test_a_run_begins_with_anothers_checkpoint(tmp_path, straight):
+  folder, wanted = straight
+  assert _begin(tmp_path, folder, [], _refuse, step=2, data_state=2)
+  result = _train(tmp_path)
   assert [h['step'] for h in result.history] == [3, 4]
-  jax.tree.map(np.testing.assert_array_equal, result.state, straight.state)
-  # Its own checkpoint comes first, where there is one.
-  again = _train(tmp_path / 'b', initial=None)
-  assert again.step == 4 and not again.history
-
-  def refuse(target, new):
-    raise AssertionError('read')
-
-  _train(tmp_path / 'b', initial=refuse)
+  jax.tree.map(np.testing.assert_array_equal, result.state, wanted.state)
+  # Its own checkpoints come first, where there are some.
+  assert not _begin(tmp_path, folder, [], _refuse, step=2, data_state=2)
+  assert _train(tmp_path).step == 4
 
 
-def test_what_rules_leave_to_the_seed_is_the_seeds(tmp_path):
-  _train(tmp_path / 'a')
+def test_what_rules_leave_to_a_new_state_is_the_new_states(tmp_path, straight):
+  folder, wanted = straight
   rules = [
-    {'rule': 'drop', 'from': '/(?!params/).*'},
+    *remap_language.PARAMS_ONLY,
     {'rule': 'init', 'from': '/(opt_state/.*|step|rng)'},
   ]
-  made = []
-
-  def initial(target, new):
-    made.append(
-      convert.restore(tmp_path / 'a' / 'checkpoints', rules, target, new)
-    )
-    raise KeyboardInterrupt
-
-  with pytest.raises(KeyboardInterrupt):
-    _train(None, initial=initial)
-  assert made[0]['step'] == 0
-  moments = made[0]['opt_state'][0]
-  assert all(not np.any(x) for x in jax.tree.leaves(moments))
-  assert any(np.any(x) for x in jax.tree.leaves(made[0]['params']))
+  fresh = train_state.init_state(
+    Transformer(_CONFIG), _TX, make_mesh(''), _RULES, seed=3
+  )
+  assert _begin(tmp_path, folder, rules, lambda: vars(fresh), data_state=0)
+  state = _train(tmp_path, steps=1).state
+  assert int(state.step) == 1 and int(state.opt_state[0].count) == 1
+  found, _, _ = CheckpointManager(tmp_path / 'checkpoints').restore(
+    vars(fresh), step=0
+  )
+  expected = dataclasses.replace(fresh, params=wanted.state.params)
+  jax.tree.map(np.testing.assert_array_equal, found, vars(expected))
