@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 import functools
 import os
+import pathlib
 from typing import Any
+
+import optax
 
 from experiments import choices
 from jaxtrain import data
 from jaxtrain import distributed
 from jaxtrain import loop
 from jaxtrain import schedules
+from jaxtrain import train_state
+from jaxtrain.checkpoints import convert
 from jaxtrain.checkpoints.tokenizer import load_tokenizer
 from jaxtrain.memory import policies
 from jaxtrain.models.config import ModelConfig
@@ -42,6 +47,7 @@ def run(
   optimizer: Mapping[str, Any],
   schedule: Mapping[str, Any],
   source: Mapping[str, Any] | str = 'stdlib',
+  initial: Mapping[str, Any] | None = None,
   tokenizer: str = 'byte',
   packing: str = 'best_fit',
   mesh: str = '',
@@ -70,6 +76,10 @@ def run(
       `num_steps` is `steps` unless given.
     source: {'name': file in jaxtrain/data/sources/, and its arguments}, or just
       the name.
+    initial: Another run's checkpoint to begin with, where `workdir` has none:
+      {'directory': its checkpoints/, 'rules': see `checkpoints.remap_rules`,
+      'step': which}. It becomes the first of this run. The step goes on, the
+      data start anew.
     tokenizer: 'byte', or the path of a tokenizer.json.
     packing: See `make_dataset`.
     mesh: Such as 'data=2,fsdp=2,tensor=2'.
@@ -95,14 +105,12 @@ def run(
     ValueError: An unknown name (known ones are listed), or sizes that do not
       fit together.
   """
-  text = load_tokenizer(tokenizer)
-  _check_sizes(model, text.vocab_size, seq_len)
+  text = _tokenizer(tokenizer, model, seq_len)
   rules = choices.sharding_rules(rules)
   mesh = make_mesh(mesh, across_slices=across_slices)
-  rate = choices.named(schedules, 'schedule', {'num_steps': steps, **schedule})
+  rate = _rate(schedule, steps)
   tx = choices.optimizer(optimizer, rate)
   transformer = _transformer(model, dtype, param_dtype, remat, mlp_chunk)
-  share = distributed.batch_share(named_sharding(mesh, rules, 'batch', 'seq'))
   dataset = functools.partial(
     _dataset,
     source,
@@ -111,23 +119,75 @@ def run(
     batch_size=batch_size,
     seed=seed,
     packing=packing,
-    share=share,
+    sharding=named_sharding(mesh, rules, 'batch', 'seq'),
   )
+  metadata, train_data = {'tokenizer': str(tokenizer)}, dataset('train')
+  made_by = transformer, tx, mesh, rules, seed
+  _begin(workdir, initial, made_by, train_data, metadata)
   return loop.train(
     transformer,
     tx,
-    dataset('train'),
+    train_data,
     mesh=mesh,
     rules=rules,
     steps=steps,
     seed=seed,
     workdir=workdir,
-    metadata={'tokenizer': str(tokenizer)},
+    metadata=metadata,
     eval_dataset=dataset('validation') if eval_batches else None,
     eval_batches=max(eval_batches, 1),
     learning_rate=rate,
     context=choices.context_parallelism(context, model, mesh, rules, seq_len),
     **options,
+  )
+
+
+def model_and_optimizer(
+  *,
+  model: ModelConfig,
+  steps: int,
+  optimizer: Mapping[str, Any],
+  schedule: Mapping[str, Any],
+  param_dtype: str = 'float32',
+  **others: Any,
+) -> tuple[Transformer, optax.GradientTransformation]:
+  """What the state of a run is made by; arguments are those of `run`."""
+  del others
+  tx = choices.optimizer(optimizer, _rate(schedule, steps))
+  return _transformer(model, 'float32', param_dtype, 'none', None), tx
+
+
+def _rate(schedule, steps):
+  return choices.named(schedules, 'schedule', {'num_steps': steps, **schedule})
+
+
+def _begin(workdir, initial, made_by, train_data, metadata):
+  """Makes another run's checkpoint the first of this one, if there is one."""
+  if initial is None:
+    return
+  if workdir is None or 'directory' not in initial:
+    raise ValueError("'initial' needs a workdir, and the 'directory' to read")
+  if unknown := initial.keys() - {'directory', 'rules', 'step'}:
+    raise ValueError(
+      f"'initial' has unknown {', '.join(unknown)}; known: directory, rules, "
+      'step'
+    )
+  model, tx, mesh, sharding, seed = made_by
+  spec = train_state.state_spec(model, tx, mesh, sharding)
+
+  def new():
+    return vars(train_state.init_state(model, tx, mesh, sharding, seed=seed))
+
+  convert.begin(
+    pathlib.Path(workdir) / 'checkpoints',
+    initial['directory'],
+    initial.get('rules', ()),
+    vars(spec.abstract),
+    new,
+    step=initial.get('step'),
+    data_state=iter(train_data).get_state(),
+    config=model.config,
+    metadata=metadata,
   )
 
 
@@ -141,7 +201,8 @@ def _transformer(model, dtype, param_dtype, remat, mlp_chunk):
   )
 
 
-def _dataset(source, split, share, **options):
+def _dataset(source, split, sharding, **options):
+  share = distributed.batch_share(sharding)
   source = {'name': source} if isinstance(source, str) else source
   documents = choices.named(data, 'source', source, split=split)
   return data.make_dataset(
@@ -149,13 +210,16 @@ def _dataset(source, split, share, **options):
   )
 
 
-def _check_sizes(model, vocab_size, seq_len):
-  if vocab_size > model.vocab_size:
+def _tokenizer(name, model, seq_len):
+  """The tokenizer, whose ids and rows the model has room for."""
+  text = load_tokenizer(name)
+  if text.vocab_size > model.vocab_size:
     raise ValueError(
-      f'the tokenizer has {vocab_size} ids, more than model.vocab_size='
+      f'the tokenizer has {text.vocab_size} ids, more than model.vocab_size='
       f'{model.vocab_size}'
     )
   if seq_len > model.max_seq_len:
     raise ValueError(
       f'seq_len={seq_len} is more than model.max_seq_len={model.max_seq_len}'
     )
+  return text

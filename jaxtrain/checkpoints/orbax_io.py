@@ -127,10 +127,15 @@ def read_state(
     return finish(manager.restore(step, args=_only(state=args))['state'])
 
 
+def stored_tree(manager: ocp.CheckpointManager, step: int) -> Any:
+  """What a step says of its state: dicts and lists of shapes and dtypes."""
+  with _reading(manager, step):
+    return manager.item_metadata(step)['state'].tree
+
+
 def stored_leaves(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   """`{'/'-joined path: its shape and dtype}` of what a step holds."""
-  with _reading(manager, step):
-    return abstract.leaves(manager.item_metadata(step)['state'].tree)
+  return abstract.leaves(stored_tree(manager, step))
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
