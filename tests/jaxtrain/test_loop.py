@@ -161,18 +161,19 @@ def test_non_finite_loss_names_step_batch_and_checkpoint(tmp_path):
 
 
 def _lazy_reference(spec, steps):
-  """States after each step of the two programs, nothing saved or overlapped."""
+  """States after each step of the two programs, and losses; none is saved."""
   mesh, rules = make_mesh(spec), PRESETS['default']
   model = Transformer(_CONFIG, shard=constrainer(mesh, rules))
   tx = optax.adamw(1e-2)
   split = train_step_lib.make_split_step(model, tx, mesh, rules)
   state = train_state_lib.init_state(model, tx, mesh, rules)
-  states = [None]
+  states, losses = [None], []
   for batch in itertools.islice(_Batches(), steps):
     batch = jax.device_put(batch, train_step_lib.batch_shardings(mesh, rules))
-    state, _ = split.update(state, split.gradients(state, batch))
-    states.append(jax.tree.map(lambda x: np.array(x), state))
-  return states
+    state, metrics = split.update(state, split.gradients(state, batch))
+    losses.append(float(metrics['loss']))
+    states.append(jax.tree.map(np.array, state))
+  return states, losses
 
 
 def test_lazy_checkpoints_are_the_states_and_resume_bit_exact(tmp_path):
@@ -184,10 +185,8 @@ def test_lazy_checkpoints_are_the_states_and_resume_bit_exact(tmp_path):
   )
   second = _train(workdir=tmp_path, steps=7, seed=99, **options)
   assert (first.step, second.step) == (4, 7)
-  straight = _train(spec=spec, saving='lazy', steps=7)
-  assert _losses(first) + _losses(second) == _losses(straight)
-  _assert_same_state(second, straight)
-  wanted = _lazy_reference(spec, 7)
+  wanted, losses = _lazy_reference(spec, 7)
+  assert _losses(first) + _losses(second) == losses
   with CheckpointManager(tmp_path / 'checkpoints') as manager:
     assert manager.all_steps() == list(range(1, 8))
     for step in manager.all_steps():
@@ -203,10 +202,6 @@ def test_lazy_save_of_a_non_finite_step_is_given_up(tmp_path):
     )
   names = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
   assert sorted(names) == ['00000001', '00000002', '00000003']
-  with CheckpointManager(tmp_path / 'checkpoints') as manager:
-    assert manager.all_steps() == [1, 2, 3]
-  resumed = _train(workdir=tmp_path, saving='lazy', steps=5)
-  _assert_same_state(resumed, _train(saving='lazy', steps=5))
 
 
 def test_non_finite_without_workdir():
