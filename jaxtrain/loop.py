@@ -107,7 +107,6 @@ def train(
     eval_batches=eval_batches,
     log_every=log_every,
   )
-  check_saving(saving, staging_gib)
   model = model.clone(shard=constrainer(mesh, rules))
   make_step = train_step_lib.make_train_step
   if saving == 'lazy':
@@ -146,3 +145,10 @@ def _check_sizes(**sizes):
   for name, value in sizes.items():
     if value is not None and value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
+
+
+def _step_maker(saving, staging_gib):
+  check_saving(saving, staging_gib)
+  if saving == 'lazy':
+    return train_step_lib.make_split_step
+  return train_step_lib.make_train_step
