@@ -108,9 +108,7 @@ def train(
     log_every=log_every,
   )
   model = model.clone(shard=constrainer(mesh, rules))
-  make_step = train_step_lib.make_train_step
-  if saving == 'lazy':
-    make_step = train_step_lib.make_split_step
+  make_step = _step_maker(saving, staging_gib)
   step_fn = make_step(model, tx, mesh, rules, context=context, **step_options)
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
   evaluation = None
