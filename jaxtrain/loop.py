@@ -111,9 +111,7 @@ def train(
   make_step = _step_maker(saving, staging_gib)
   step_fn = make_step(model, tx, mesh, rules, context=context, **step_options)
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
-  evaluation = None
-  if eval_dataset is not None:
-    evaluation = Evaluation(eval_dataset, eval_every, eval_batches)
+  evaluation = _evaluation(eval_dataset, eval_every, eval_batches)
   with (
     shown,
     StopSignal() as stop,
@@ -143,6 +141,10 @@ def _check_sizes(**sizes):
   for name, value in sizes.items():
     if value is not None and value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
+
+
+def _evaluation(dataset, every, batches):
+  return None if dataset is None else Evaluation(dataset, every, batches)
 
 
 def _step_maker(saving, staging_gib):
