@@ -1,8 +1,9 @@
 """What one call of `jaxtrain.loop.train` does, step by step.
 
 One program (two, if saves are lazy) is compiled before the first step and
-called until the end, so that nothing can compile later. Metrics are read one
-step late: while the host waits for step n, step n + 1 is already on the device.
+called until the end, so that nothing can compile later but, at the first lazy
+save, what cuts replicas in parts. Metrics are read one step late: while the
+host waits for step n, step n + 1 is already on the device.
 """
 
 from collections.abc import Iterable

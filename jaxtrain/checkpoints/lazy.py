@@ -36,7 +36,9 @@ class LazyWriter:
 
   Args:
     staging_gib: Host memory of this process for copies; `None` is half of what
-      is free now.
+      the host has free now, too much if several processes share it. Where NumPy
+      cannot read pinned memory in place, orbax's copy of the group that it
+      writes comes on top.
 
   Attributes:
     blocked_s: Seconds that callers of `save` and `wait_copied` have waited.
@@ -52,7 +54,7 @@ class LazyWriter:
     self.staging = Staging(budget)
     self.blocked_s = 0.0
     self._flushes: list[threading.Thread] = []  # One at work, one waiting.
-    self._error: Exception | None = None
+    self._error: BaseException | None = None
 
   def handler(self) -> ocp.PyTreeCheckpointHandler:
     """Orbax's writer of trees, for the trees that `save` passes to `write`."""
@@ -155,7 +157,7 @@ class LazyWriter:
         write(tree)
       else:
         given_up()
-    except Exception as e:
+    except BaseException as e:  # Of a thread: nobody else would see it.
       given_up()
       # The first is the cause; those after it may follow from it.
       self._error = self._error or e
