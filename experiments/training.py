@@ -33,6 +33,8 @@ OPTIONS = (
   'noise_scale',
   'progress',
   'save_every',
+  'saving',
+  'staging_gib',
   'z_loss',
 )
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import optax
 
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints.manager import check_saving
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
@@ -40,6 +41,8 @@ def train(
   workdir: str | os.PathLike | None = None,
   save_every: int = 1000,
   keep: int = 3,
+  saving: str = 'async',
+  staging_gib: float | None = None,
   metadata: dict[str, Any] | None = None,
   eval_dataset: Dataset | None = None,
   eval_every: int | None = None,
@@ -70,6 +73,12 @@ def train(
       writes nothing.
     save_every: Steps between checkpoints; the last step is always saved.
     keep: Number of checkpoints to keep.
+    saving: 'async', where the next step waits until the state is copied off the
+      devices, or 'lazy', where the copies overlap it. Lazy steps are two
+      programs (`make_split_step`), rounded otherwise than one.
+    staging_gib: Host memory for lazy copies, per process; `None` is half of
+      what is free. If it is less than the state, an update may have to wait for
+      the disk.
     metadata: JSON types to keep with every checkpoint.
     eval_dataset: Batches to evaluate on, iterated from its start each time.
     eval_every: Steps between evaluations; `None` evaluates at the end only.
@@ -84,8 +93,9 @@ def train(
     What was done.
 
   Raises:
-    ValueError: Sizes below 1, batches that do not fit the mesh or change their
-      shape, a checkpoint that does not fit the model.
+    ValueError: Sizes below 1, an unknown `saving`, `staging_gib` that is not
+      positive or less than one array, batches that do not fit the mesh or
+      change their shape, a checkpoint that does not fit the model.
     NonFiniteError: Names the step, the batch (saved in `workdir`) and the last
       good checkpoint. Nothing is saved over that.
   """
@@ -98,17 +108,14 @@ def train(
     log_every=log_every,
   )
   model = model.clone(shard=constrainer(mesh, rules))
-  step_fn = train_step_lib.make_train_step(
-    model, tx, mesh, rules, context=context, **step_options
-  )
+  make_step = _step_maker(saving, staging_gib)
+  step_fn = make_step(model, tx, mesh, rules, context=context, **step_options)
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
-  evaluation = None
-  if eval_dataset is not None:
-    evaluation = Evaluation(eval_dataset, eval_every, eval_batches)
+  evaluation = _evaluation(eval_dataset, eval_every, eval_batches)
   with (
     shown,
     StopSignal() as stop,
-    RunFiles(workdir, save_every, keep) as files,
+    RunFiles(workdir, save_every, keep, saving, staging_gib) as files,
   ):
     run = Run(
       model=model,
@@ -134,3 +141,14 @@ def _check_sizes(**sizes):
   for name, value in sizes.items():
     if value is not None and value < 1:
       raise ValueError(f'{name}={value} must be at least 1')
+
+
+def _evaluation(dataset, every, batches):
+  return None if dataset is None else Evaluation(dataset, every, batches)
+
+
+def _step_maker(saving, staging_gib):
+  check_saving(saving, staging_gib)
+  if saving == 'lazy':
+    return train_step_lib.make_split_step
+  return train_step_lib.make_train_step

@@ -1,12 +1,14 @@
 """What one call of `jaxtrain.loop.train` does, step by step.
 
-One program is compiled before the first step and called until the end, so that
-nothing can compile later. Metrics are read one step late: while the host waits
-for step n, step n + 1 is already on the device.
+One program (two, if saves are lazy) is compiled before the first step and
+called until the end, so that nothing can compile later but, at the first lazy
+save, what cuts replicas in parts. Metrics are read one step late: while the
+host waits for step n, step n + 1 is already on the device.
 """
 
 from collections.abc import Iterable
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -95,13 +97,23 @@ class RunFiles:
   """Checkpoints and metrics of a run, or neither without a folder."""
 
   def __init__(
-    self, workdir: str | os.PathLike | None, save_every: int, keep: int
+    self,
+    workdir: str | os.PathLike | None,
+    save_every: int,
+    keep: int,
+    saving: str = 'async',
+    staging_gib: float | None = None,
   ):
+    self.lazy = saving == 'lazy'
     self.workdir = None if workdir is None else pathlib.Path(workdir)
     self.checkpoints = self.metrics = None
     if self.workdir is not None:
       self.checkpoints = CheckpointManager(
-        self.workdir / 'checkpoints', keep=keep, save_every_steps=save_every
+        self.workdir / 'checkpoints',
+        keep=keep,
+        save_every_steps=save_every,
+        saving=saving,
+        staging_gib=staging_gib,
       )
       self.metrics = MetricsWriter(self.workdir)
 
@@ -177,8 +189,9 @@ class Run:
       metrics = self._step(batch, stop.flags(self.mesh))
       behind, ahead = ahead, _Dispatched(self.step, metrics, batch)
       stopped = self._read(behind)
-      if stopped or self._is_evaluation_due() or self._is_save_due():
-        # What is saved must be known to be finite.
+      settle = self._is_save_due() and not self.files.lazy
+      if stopped or self._is_evaluation_due() or settle:
+        # What is saved must be known to be finite, or is saved with the metric.
         stopped = self._read(ahead) or stopped
         ahead = None
       if stopped:
@@ -188,6 +201,8 @@ class Run:
           if self._is_evaluation_due():
             self._evaluate()
           self._save(force=False)
+      elif self.files.lazy:
+        self._save(force=False, valid=ahead.metrics['finite'])
     self._read(ahead)
     return None
 
@@ -219,13 +234,7 @@ class Run:
     arrays = distributed.global_batch(batch, self.batch_sharding)
     shape = arrays['tokens'].shape
     if self.compiled is None:
-      shardings = jax.tree.map(lambda x: x.sharding, self.state)
-      step = jax.jit(
-        with_stop(self.step_fn),
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(self.mesh, P())),
-      )
-      self.compiled = self._compile('step', step, self.state, arrays, flags)
+      self.compiled = self._compile_step(arrays, flags)
       self.batch_shape = shape
       flops = self.model.config.train_flops_per_token(shape[1])
       peak = hardware.peak(list(self.mesh.devices.flat))
@@ -239,6 +248,36 @@ class Run:
     self.state, metrics = self.compiled(self.state, arrays, flags)
     self.step += 1
     return metrics
+
+  def _compile_step(self, arrays, flags):
+    """`(state, arrays, flags) -> (state, metrics)`, of one program or two."""
+    shardings = jax.tree.map(lambda x: x.sharding, self.state)
+    jit = functools.partial(
+      jax.jit,
+      donate_argnums=0,
+      out_shardings=(shardings, NamedSharding(self.mesh, P())),
+    )
+    if not isinstance(self.step_fn, train_step_lib.SplitStep):
+      step = jit(with_stop(self.step_fn))
+      return self._compile('step', step, self.state, arrays, flags)
+    split, checkpoints = self.step_fn, self.files.checkpoints
+    gradients = self._compile('gradients', split.gradients, self.state, arrays)
+    found = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(split.gradients, self.state, arrays),
+      gradients.output_shardings,
+    )
+    update = self._compile(
+      'update', jit(with_stop(split.update)), self.state, found, flags
+    )
+
+    def advance(state, arrays, flags):
+      found = gradients(state, arrays)
+      if checkpoints is not None:
+        checkpoints.wait_copied()
+      return update(state, found, flags)
+
+    return advance
 
   def _compile(self, name, function, *args):
     start = time.perf_counter()
@@ -310,7 +349,7 @@ class Run:
     self.evaluated_at = self.step
     self._note(self.step, values)
 
-  def _save(self, force):
+  def _save(self, force, valid=None):
     checkpoints = self.files.checkpoints
     if checkpoints is None or self.saved_at == self.step:
       return
@@ -324,6 +363,7 @@ class Run:
       config=self.model.config,
       metadata=self.metadata,
       force=force,
+      valid=valid,
     )
     self.saved_at = self.step
 

@@ -1,11 +1,15 @@
 """One jitted, donated training step, the same for every mesh.
 
+Or two programs, one that reads the state and one that updates it, so that the
+state can be copied while the first runs.
+
 Parallelism is in the shardings of the state and of the batch, which the rules
 give; the step is single-device code that XLA partitions (GSPMD, Xu et al.,
 https://arxiv.org/abs/2105.04663).
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -96,40 +100,22 @@ def make_train_step(
       divide (when the step is traced); `noise_scale` or `mean_square` without
       groups.
   """
-  if accumulation < 1:
-    raise ValueError(f'accumulation={accumulation} must be at least 1')
-  spec = train_state_lib.state_spec(model, tx, mesh, rules)
-  statistics = None
-  if noise_scale or mean_square:
-    statistics = functools.partial(
-      gradient_statistics.of_group, elementwise=mean_square
-    )
-    if accumulation == 1:
-      gradient_statistics.check_devices(mesh, rules, spec.shardings.params)
-  options = dict(rules=rules, z_loss=z_loss, context=context)
-  gradients = _gradient_fn(model, mesh, accumulation, statistics, **options)
+  spec, gradients, update_state, _ = _halves(
+    model,
+    tx,
+    mesh,
+    rules,
+    accumulation=accumulation,
+    max_grad_norm=max_grad_norm,
+    z_loss=z_loss,
+    learning_rate=learning_rate,
+    context=context,
+    noise_scale=noise_scale,
+    mean_square=mean_square,
+  )
 
   def step(state, batch):
-    _check_batch(batch, mesh, rules, accumulation)
-    key = jax.random.fold_in(
-      jax.random.wrap_key_data(state.rng, impl='threefry2x32'), state.step
-    )
-    with dispatch.lowered_for(mesh):
-      grads, sums, found = gradients(state.params, batch, key)
-    state, metrics = update(
-      tx,
-      state,
-      grads,
-      sums,
-      max_grad_norm=max_grad_norm,
-      rate=learning_rate,
-      statistics=found if mean_square else None,
-    )
-    if noise_scale:
-      metrics |= gradient_statistics.metrics(
-        found, metrics['weight'], metrics['grad_norm']
-      )
-    return state, metrics
+    return update_state(state, gradients(state, batch))
 
   return jax.jit(
     step,
@@ -137,6 +123,133 @@ def make_train_step(
     out_shardings=(spec.shardings, NamedSharding(mesh, P())),
     donate_argnums=0,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitStep:
+  """A training step as two jitted programs.
+
+  Attributes:
+    gradients: `(state, batch) -> gradients`, float32 and sharded as the
+      parameters, and what else `update` needs. `state` is not donated.
+    update: `(state, gradients) -> (state, metrics)`, `state` donated. The
+      gradients are not: no output could have their memory.
+  """
+
+  gradients: Callable[[TrainState, Batch], Any]
+  update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def make_split_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  rules: ShardingRules,
+  *,
+  accumulation: int = 1,
+  max_grad_norm: float | None = 1.0,
+  z_loss: float = 0.0,
+  learning_rate: optax.Schedule | None = None,
+  context: Context | None = None,
+  noise_scale: bool = False,
+  mean_square: bool = False,
+) -> SplitStep:
+  """Builds the two programs of a step; arguments as of `make_train_step`.
+
+  They do what its one program does, up to rounding: XLA fuses each on its own.
+  """
+  spec, gradients, update_state, out = _halves(
+    model,
+    tx,
+    mesh,
+    rules,
+    accumulation=accumulation,
+    max_grad_norm=max_grad_norm,
+    z_loss=z_loss,
+    learning_rate=learning_rate,
+    context=context,
+    noise_scale=noise_scale,
+    mean_square=mean_square,
+  )
+  return SplitStep(
+    jax.jit(
+      gradients,
+      in_shardings=(spec.shardings, batch_shardings(mesh, rules)),
+      out_shardings=out,
+    ),
+    jax.jit(
+      update_state,
+      in_shardings=(spec.shardings, out),
+      out_shardings=(spec.shardings, NamedSharding(mesh, P())),
+      donate_argnums=0,
+    ),
+  )
+
+
+def _halves(
+  model,
+  tx,
+  mesh,
+  rules,
+  *,
+  accumulation,
+  max_grad_norm,
+  z_loss,
+  learning_rate,
+  context,
+  noise_scale,
+  mean_square,
+):
+  """The two halves of a step, not jitted, and what is between them.
+
+  Returns:
+    The spec of the state, `(state, batch) -> found`, `(state, found) -> (state,
+    metrics)`, and the shardings of `found`.
+  """
+  if accumulation < 1:
+    raise ValueError(f'accumulation={accumulation} must be at least 1')
+  spec = train_state_lib.state_spec(model, tx, mesh, rules)
+  like_params, replicated = spec.shardings.params, NamedSharding(mesh, P())
+  shardings = dict(grads=like_params, sums=replicated, statistics=None)
+  statistics = None
+  if noise_scale or mean_square:
+    statistics = functools.partial(
+      gradient_statistics.of_group, elementwise=mean_square
+    )
+    shardings['statistics'] = dict(square=replicated, num_groups=replicated)
+    if mean_square:
+      shardings['statistics']['squares'] = like_params
+    if accumulation == 1:
+      gradient_statistics.check_devices(mesh, rules, like_params)
+  options = dict(rules=rules, z_loss=z_loss, context=context)
+  gradient_fn = _gradient_fn(model, mesh, accumulation, statistics, **options)
+
+  def gradients(state, batch):
+    _check_batch(batch, mesh, rules, accumulation)
+    key = jax.random.fold_in(
+      jax.random.wrap_key_data(state.rng, impl='threefry2x32'), state.step
+    )
+    with dispatch.lowered_for(mesh):
+      grads, sums, found = gradient_fn(state.params, batch, key)
+    return dict(grads=grads, sums=sums, statistics=found)
+
+  def update_state(state, found):
+    state, metrics = update(
+      tx,
+      state,
+      found['grads'],
+      found['sums'],
+      max_grad_norm=max_grad_norm,
+      rate=learning_rate,
+      statistics=found['statistics'] if mean_square else None,
+    )
+    if noise_scale:
+      metrics |= gradient_statistics.metrics(
+        found['statistics'], metrics['weight'], metrics['grad_norm']
+      )
+    return state, metrics
+
+  return spec, gradients, update_state, shardings
 
 
 def update(

@@ -4,6 +4,7 @@ Saved while training goes on, restored on any mesh, and read by serving without
 the optimizer. `orbax_io.py` says what is in the folder.
 """
 
+import functools
 import json
 import logging
 import os
@@ -15,12 +16,14 @@ import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints import abstract
 from jaxtrain.checkpoints import file_list
+from jaxtrain.checkpoints import lazy
 from jaxtrain.checkpoints import orbax_io
 from jaxtrain.models import config_json
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import ShardingRules
 
 _log = logging.getLogger(__name__)
+SAVING = ('async', 'lazy')
 
 
 class CheckpointManager:
@@ -30,9 +33,13 @@ class CheckpointManager:
     directory: Folder of the run's checkpoints; made if it is not there.
     keep: How many of the newest to keep; `None` keeps all.
     save_every_steps: `save` skips steps that are not a multiple of this.
+    saving: 'async' copies the state before `save` returns, 'lazy' while the
+      next steps run (`lazy.py`).
+    staging_gib: Host memory for lazy copies, see `lazy.LazyWriter`.
 
   Raises:
-    ValueError: `keep` or `save_every_steps` below 1.
+    ValueError: `keep` or `save_every_steps` below 1, an unknown `saving`, or
+      `staging_gib` not positive or without 'lazy'.
   """
 
   def __init__(
@@ -40,16 +47,24 @@ class CheckpointManager:
     directory: str | os.PathLike,
     keep: int | None = 3,
     save_every_steps: int = 1,
+    saving: str = 'async',
+    staging_gib: float | None = None,
   ):
     sizes = dict(keep=keep, save_every_steps=save_every_steps)
     for name, value in sizes.items():
       if value is not None and value < 1:
         raise ValueError(f'{name}={value} must be at least 1')
+    check_saving(saving, staging_gib)
+    self._lazy = lazy.LazyWriter(staging_gib) if saving == 'lazy' else None
     self._every = save_every_steps
     self._saved: set[int] = set()
     self._last: int | None = None  # The step being written, or written last.
     self._manager = orbax_io.open_folder(
-      directory, create=True, keep=keep, on_written=self._list_files
+      directory,
+      create=True,
+      keep=keep,
+      on_written=self._list_files,
+      state_handler=self._lazy and self._lazy.handler(),
     )
 
   def should_save(self, step: int) -> bool:
@@ -65,11 +80,13 @@ class CheckpointManager:
     config: ModelConfig | None = None,
     metadata: dict[str, Any] | None = None,
     force: bool = False,
+    valid: jax.Array | None = None,
   ) -> bool:
     """Starts to save; waits only for the copy off the devices.
 
-    The arrays may be donated as soon as this returns. A checkpoint of the same
-    step left by an earlier run is replaced.
+    The arrays may be donated as soon as this returns, or, if saving is lazy,
+    after `wait_copied`. A checkpoint of the same step left by an earlier run is
+    replaced.
 
     Args:
       step: Number of the step, not negative.
@@ -79,14 +96,16 @@ class CheckpointManager:
       config: Architecture, for `restore_params`.
       metadata: Anything else, as JSON types.
       force: Save whether or not `save_every_steps` divides `step`.
+      valid: Scalar on the devices, 0 if nothing is to be saved. Not waited for
+        if saving is lazy.
 
     Returns:
       Whether it saved: not if it is not the time for it, or if this manager has
       saved the step already.
 
     Raises:
-      ValueError: A negative step, something that is not JSON, or an array of
-        one process only.
+      ValueError: A negative step, something that is not JSON, an array of one
+        process only, or one that is too large for the staging memory.
       Exception: What stopped the previous save in the background.
     """
     if step < 0:
@@ -99,16 +118,28 @@ class CheckpointManager:
     }
     _check_json('metadata', meta)
     _check_json('data_state', data_state)
-    items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(abstract.without_keys(state)),
+    state = abstract.without_keys(state)
+    write = functools.partial(
+      self._write,
+      step,
+      first=not self._saved,
       meta=ocp.args.JsonSave(meta),
       data=ocp.args.JsonSave(data_state),
     )
-    self.wait()
-    self._make_room(step)
-    self._last = step
-    self._manager.save(step, args=items, force=True)
+    if self._lazy is None:
+      self.wait()
+      if valid is not None and not int(valid):
+        return False
+      write(state)
+      self._saved.add(step)
+      return True
     self._saved.add(step)
+    give_up = functools.partial(self._saved.discard, step)
+    try:
+      self._lazy.save(state, write, valid=valid, given_up=give_up)
+    except Exception:
+      give_up()
+      raise
     return True
 
   def restore(
@@ -147,8 +178,23 @@ class CheckpointManager:
     """Steps of all whole checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def wait_copied(self) -> None:
+    """Waits until the arrays of the last save may be donated."""
+    if self._lazy is not None:
+      self._lazy.wait_copied()
+
+  @property
+  def blocked_s(self) -> float:
+    """Seconds that lazy saves have kept their caller waiting so far."""
+    return self._lazy.blocked_s if self._lazy is not None else 0.0
+
   def wait(self) -> None:
     """Waits until everything is on disk; raises what went wrong."""
+    if self._lazy is not None:
+      self._lazy.wait()
+    self._finish()
+
+  def _finish(self):
     try:
       self._manager.wait_until_finished()
     except BaseException:
@@ -157,8 +203,16 @@ class CheckpointManager:
       raise
 
   def close(self) -> None:
-    """Waits, then frees threads. The manager is of no more use."""
-    self._manager.close()
+    """Waits, then frees threads. The manager is of no more use.
+
+    Raises:
+      Exception: What stopped a save in the background.
+    """
+    try:
+      if self._lazy is not None:
+        self._lazy.wait()
+    finally:
+      self._manager.close()
 
   def __enter__(self) -> 'CheckpointManager':
     return self
@@ -166,9 +220,20 @@ class CheckpointManager:
   def __exit__(self, *error) -> None:
     self.close()
 
-  def _make_room(self, step):
+  def _write(self, step, state, *, first, meta, data):
+    """Gives a state to orbax; on the thread of lazy saves, to the end."""
+    self._make_room(step, first)
+    self._last = step
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(state), meta=meta, data=data
+    )
+    self._manager.save(step, args=items, force=True)
+    if self._lazy is not None:
+      self._finish()
+
+  def _make_room(self, step, first):
     """Removes what a killed or earlier run has left in the way."""
-    if not self._saved and jax.process_index() == 0:
+    if first and jax.process_index() == 0:
       for path in orbax_io.unfinished(self._manager):
         _log.warning('Removing %s, which was never finished', path)
         path.rmtree()
@@ -245,3 +310,19 @@ def _check_json(name, value):
     json.dumps(value)
   except (TypeError, ValueError) as e:
     raise ValueError(f'{name} is not JSON: {e}') from e
+
+
+def check_saving(saving: str, staging_gib: float | None) -> None:
+  """Checks how to save.
+
+  Raises:
+    ValueError: See `CheckpointManager`.
+  """
+  if saving not in SAVING:
+    raise ValueError(
+      f'saving={saving!r} is not known; allowed: {", ".join(SAVING)}'
+    )
+  if staging_gib is not None and saving != 'lazy':
+    raise ValueError(
+      f"staging_gib={staging_gib} is of saving='lazy', not of {saving!r}"
+    )

@@ -28,6 +28,7 @@ def open_folder(
   create: bool,
   keep: int | None = None,
   on_written: Callable[[], None] | None = None,
+  state_handler: ocp.PyTreeCheckpointHandler | None = None,
 ) -> ocp.CheckpointManager:
   """Opens the folder that holds the checkpoints of a run.
 
@@ -36,6 +37,8 @@ def open_folder(
     create: Whether to make it if it is not there.
     keep: How many of the newest to keep; `None` keeps all.
     on_written: Called when a checkpoint is written, before its final name.
+    state_handler: What writes `state`, on another thread than the one that
+      starts programs; `None` is orbax's own.
 
   Returns:
     Orbax's manager.
@@ -51,17 +54,32 @@ def open_folder(
     ),
   )
   registry = ocp.DefaultCheckpointHandlerRegistry()
-  registry.add('state', ocp.args.PyTreeSave)
+  registry.add('state', ocp.args.PyTreeSave, state_handler)
   registry.add('state', ocp.args.PyTreeRestore)
   registry.add('meta', ocp.args.JsonSave)
   registry.add('meta', ocp.args.JsonRestore)
   registry.add('data', ocp.args.JsonSave, per_process)
+  multiprocessing = ocp.options.MultiprocessingOptions()
+  if state_handler is not None and jax.process_count() > 1:
+    # With the processes named, barriers go through the coordination service;
+    # otherwise they are programs of the devices. Orbax then makes no folder, so
+    # another manager does, on this thread.
+    multiprocessing.active_processes = set(range(jax.process_count()))
+    if create:
+      plain = ocp.CheckpointManagerOptions(save_root_metadata=False)
+      ocp.CheckpointManager(directory, options=plain).close()
+      create = False
   options = ocp.CheckpointManagerOptions(
     step_name_format=_NAMES,
     create=create,
+    multiprocessing_options=multiprocessing,
     save_root_metadata=False,
     preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-    async_options=ocp.AsyncOptions(post_finalization_callback=on_written),
+    async_options=ocp.AsyncOptions(
+      post_finalization_callback=on_written,
+      # Otherwise a folder that cannot be made is an error after five minutes.
+      create_directories_asynchronously=state_handler is None,
+    ),
   )
   return ocp.CheckpointManager(
     directory, options=options, handler_registry=registry

@@ -1,6 +1,7 @@
 """Resuming changes nothing, and what goes wrong is named."""
 
 import functools
+import itertools
 import os
 import signal
 
@@ -11,10 +12,13 @@ import pytest
 
 from jaxtrain import loop
 from jaxtrain import metrics as metrics_lib
+from jaxtrain import train_state as train_state_lib
+from jaxtrain import train_step as train_step_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import PRESETS
+from jaxtrain.sharding import constrainer
 from jaxtrain.sharding import make_mesh
 
 _B, _T, _V = 8, 16, 32
@@ -156,6 +160,50 @@ def test_non_finite_loss_names_step_batch_and_checkpoint(tmp_path):
   _assert_same_state(_train(workdir=tmp_path), _straight(''))
 
 
+def _lazy_reference(spec, steps):
+  """States after each step of the two programs, and losses; none is saved."""
+  mesh, rules = make_mesh(spec), PRESETS['default']
+  model = Transformer(_CONFIG, shard=constrainer(mesh, rules))
+  tx = optax.adamw(1e-2)
+  split = train_step_lib.make_split_step(model, tx, mesh, rules)
+  state = train_state_lib.init_state(model, tx, mesh, rules)
+  states, losses = [None], []
+  for batch in itertools.islice(_Batches(), steps):
+    batch = jax.device_put(batch, train_step_lib.batch_shardings(mesh, rules))
+    state, metrics = split.update(state, split.gradients(state, batch))
+    losses.append(float(metrics['loss']))
+    states.append(jax.tree.map(np.array, state))
+  return states, losses
+
+
+def test_lazy_checkpoints_are_the_states_and_resume_bit_exact(tmp_path):
+  spec = _MESHES[1]
+  options = dict(spec=spec, saving='lazy', save_every=1, keep=10)
+  # A part of the state: copies wait for the disk, and updates for copies.
+  first = _train(
+    workdir=tmp_path, steps=4, staging_gib=16_000 / 2**30, **options
+  )
+  second = _train(workdir=tmp_path, steps=7, seed=99, **options)
+  assert (first.step, second.step) == (4, 7)
+  wanted, losses = _lazy_reference(spec, 7)
+  assert _losses(first) + _losses(second) == losses
+  with CheckpointManager(tmp_path / 'checkpoints') as manager:
+    assert manager.all_steps() == list(range(1, 8))
+    for step in manager.all_steps():
+      state, data_state, _ = manager.restore(vars(second.state), step)
+      jax.tree.map(np.testing.assert_array_equal, state, vars(wanted[step]))
+      assert data_state == {'index': step}
+
+
+def test_lazy_save_of_a_non_finite_step_is_given_up(tmp_path):
+  with pytest.raises(loop.NonFiniteError, match='good checkpoint: step 3'):
+    _train(
+      dataset=_Batches(bad=3), workdir=tmp_path, saving='lazy', save_every=1
+    )
+  names = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
+  assert sorted(names) == ['00000001', '00000002', '00000003']
+
+
 def test_non_finite_without_workdir():
   with pytest.raises(loop.NonFiniteError, match='step 1 .*Without a workdir'):
     _train(dataset=_Batches(bad=0))
@@ -245,6 +293,8 @@ def test_batches_that_change_shape():
     (dict(steps=0), 'steps=0'),
     (dict(log_every=0), 'log_every=0'),
     (dict(accumulation=0), 'accumulation=0'),
+    (dict(saving='eager'), "saving='eager' .*async, lazy"),
+    (dict(staging_gib=1), "staging_gib=1 is of saving='lazy'"),
     (dict(spec='data=3'), 'does not divide'),
   ],
 )

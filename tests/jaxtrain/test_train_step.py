@@ -15,6 +15,7 @@ from jaxtrain.models.attention import Causal
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.config import MoE
 from jaxtrain.models.transformer import Transformer
+from jaxtrain.optimizers.vrgd import vrgd
 from jaxtrain.parallel import context as context_schemes
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.sharding import PRESETS
@@ -213,6 +214,45 @@ def test_bfloat16_compute_keeps_float32_state():
   for a, e in zip(history, exact[:5], strict=True):
     assert a['loss'] == pytest.approx(e['loss'], rel=2e-2)
     assert a['loss'] != e['loss']
+
+
+def test_two_programs_do_what_one_does():
+  mesh = make_mesh('fsdp=2')
+  model = Transformer(_DENSE, shard=constrainer(mesh, _RULES))
+  tx = vrgd(1e-2, base='adam')
+  options = dict(
+    accumulation=2,
+    noise_scale=True,
+    mean_square=True,
+    z_loss=_Z_LOSS,
+    learning_rate=_RATE,
+  )
+  step = train_step_lib.make_train_step(model, tx, mesh, _RULES, **options)
+  split = train_step_lib.make_split_step(model, tx, mesh, _RULES, **options)
+  one = train_state_lib.init_state(model, tx, mesh, _RULES)
+  two = train_state_lib.init_state(model, tx, mesh, _RULES)
+  shardings = train_step_lib.batch_shardings(mesh, _RULES)
+  # Ends with one that is not finite, which must change nothing in either.
+  bad = dict(_BATCHES[2], weights=np.full((_B, _T), np.nan, np.float32))
+  for batch in (*_BATCHES[:2], bad):
+    batch = jax.device_put(batch, shardings)
+    one, wanted = step(one, batch)
+    before = jax.tree.map(np.array, two)
+    gradients = split.gradients(two, batch)
+    jax.tree.map(np.testing.assert_array_equal, two, before)
+    old, (two, metrics) = two, split.update(two, gradients)
+    assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    assert metrics.keys() == wanted.keys()
+    for name in metrics:
+      np.testing.assert_allclose(
+        metrics[name], wanted[name], rtol=1e-6, err_msg=name
+      )
+  assert metrics['finite'] == 0 and two.step == 2
+  jax.tree.map(np.testing.assert_array_equal, two, before)
+  for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
+    assert a.sharding == b.sharding
+    error = np.linalg.norm(np.float64(a) - np.float64(b))
+    assert error <= 1e-6 * np.linalg.norm(np.float64(b))
 
 
 def test_non_finite_step_leaves_the_state_as_it_was():

@@ -1,0 +1,108 @@
+"""Two processes save lazily while they train together, and both restore."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+_ROOT = pathlib.Path(__file__).parents[3]
+_CHILD = """
+import sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+address, index, folder = sys.argv[1:]
+index = int(index)
+jax.distributed.initialize(address, 2, index)
+import threading
+from jax.experimental import multihost_utils
+import numpy as np
+from jaxtrain.checkpoints.manager import CheckpointManager
+from jaxtrain.sharding import make_mesh
+
+main = threading.current_thread()
+collective = multihost_utils.sync_global_devices
+def watched(name):
+  assert threading.current_thread() is main, name
+  collective(name)
+multihost_utils.sync_global_devices = watched
+
+def place(mesh, value, *axes):
+  sharding = jax.sharding.NamedSharding(mesh, jax.P(*axes))
+  return jax.make_array_from_callback(
+    value.shape, sharding, lambda i: value[i])
+
+w = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+mesh = make_mesh('data=2,fsdp=2,tensor=2')
+def state(mesh):
+  return {
+    'params': {
+      'w': place(mesh, w, 'fsdp', 'tensor'),
+      'r': place(mesh, w[0]), 'b': place(mesh, w[1, :7])},
+    'step': place(mesh, np.int32(0))}
+now = state(mesh)
+# Every step sums over all devices of both processes, as training does.
+@jax.jit
+def gradients(s):
+  w = s['params']['w']
+  return 1 + 0 * (w.sum() + (w @ w.T).sum())
+update = jax.jit(
+  lambda s, g: jax.tree.map(lambda x: x + g.astype(x.dtype), s),
+  donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, now))
+with CheckpointManager(
+    folder, keep=8, saving='lazy', staging_gib=12_000 / 2**30) as manager:
+  for step in range(8):
+    assert manager.save(step, now, data_state={'position': step})
+    found = gradients(now)
+    manager.wait_copied()
+    now = update(now, found)
+  # Nothing of a step that is not finite, on either process.
+  assert manager.save(8, now, valid=place(mesh, np.float32(0)))
+  manager.wait()
+  assert manager.all_steps() == list(range(8)), manager.all_steps()
+  other = make_mesh('fsdp=8')
+  for step in range(8):
+    restored, data, _ = manager.restore(
+      {'params': {'w': place(other, w, 'fsdp'), 'r': place(other, w[0]),
+                  'b': place(other, w[1, :7])},
+       'step': place(other, np.int32(0))}, step)
+    assert data == {'position': step}, data
+    assert int(restored['step'].addressable_data(0)) == step
+    for name, first in dict(w=w, r=w[0], b=w[1, :7]).items():
+      for shard in restored['params'][name].addressable_shards:
+        np.testing.assert_array_equal(shard.data, first[shard.index] + step)
+print('done', manager._lazy.staging.peak_bytes)
+"""
+
+
+def test_two_processes(tmp_path):
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    address = f'localhost:{s.getsockname()[1]}'
+  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
+  env.pop('XLA_FLAGS', None)
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-c', _CHILD, address, str(i), str(tmp_path)],
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  peaks = []
+  try:
+    for child in children:
+      out, err = child.communicate(timeout=120)
+      assert child.returncode == 0, err[-4000:]
+      peaks.append(int(out.split('done ')[1]))
+  finally:
+    for child in children:
+      child.kill()
+  assert max(peaks) <= 12_000
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    f'{i:08}' for i in range(8)
+  ]
