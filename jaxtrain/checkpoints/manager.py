@@ -2,11 +2,21 @@
 
 Saved while training goes on, restored on any mesh, and read by serving without
 the optimizer. `orbax_io.py` says what is in the folder.
+
+What is restored is what was saved: every file has a checksum. A save that does
+not end, for whatever reason, changes nothing: the checkpoint before it is the
+latest.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import errno
 import json
 import logging
 import os
+import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -14,25 +24,67 @@ from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints import abstract
+from jaxtrain.checkpoints import agreement
+from jaxtrain.checkpoints import disk_space
 from jaxtrain.checkpoints import file_list
 from jaxtrain.checkpoints import orbax_io
+from jaxtrain.checkpoints import removal
+from jaxtrain.checkpoints import retention
+from jaxtrain.checkpoints.disk_space import NoSpaceError
+from jaxtrain.checkpoints.orbax_io import DamagedError
+from jaxtrain.checkpoints.saver_lock import SaverLock
 from jaxtrain.models import config_json
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.sharding import ShardingRules
 
+__all__ = [
+  'CheckpointManager',
+  'DamagedError',
+  'NoSpaceError',
+  'Resumed',
+  'read_config',
+  'restore_params',
+]
+
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+  """The newest whole checkpoint, read.
+
+  Attributes:
+    step: Its step.
+    state: As `CheckpointManager.restore` gives it.
+    data_state: Of this process.
+    metadata: As saved.
+    damaged: What was wrong with each newer one; they were renamed.
+  """
+
+  step: int
+  state: Any
+  data_state: Any
+  metadata: dict[str, Any]
+  damaged: list[str]
 
 
 class CheckpointManager:
   """Saves and restores the checkpoints of one run. Call from every process.
 
+  A checkpoint is kept if one of the three rules keeps it.
+
   Args:
     directory: Folder of the run's checkpoints; made if it is not there.
     keep: How many of the newest to keep; `None` keeps all.
     save_every_steps: `save` skips steps that are not a multiple of this.
+    keep_every: Steps that are a multiple of this are kept for good.
+    keep_best: Such as `('eval_loss', 'min', 1)`: the metric given to `save`,
+      whether less or more of it is better, and how many of the best to keep. A
+      checkpoint saved without that metric is never among the best.
 
   Raises:
-    ValueError: `keep` or `save_every_steps` below 1.
+    ValueError: `keep`, `save_every_steps` or `keep_every` below 1, or a
+      `keep_best` of another form.
   """
 
   def __init__(
@@ -40,17 +92,27 @@ class CheckpointManager:
     directory: str | os.PathLike,
     keep: int | None = 3,
     save_every_steps: int = 1,
+    keep_every: int | None = None,
+    keep_best: Sequence | None = None,
   ):
-    sizes = dict(keep=keep, save_every_steps=save_every_steps)
-    for name, value in sizes.items():
-      if value is not None and value < 1:
-        raise ValueError(f'{name}={value} must be at least 1')
+    if save_every_steps < 1:
+      raise ValueError(
+        f'save_every_steps={save_every_steps} must be at least 1'
+      )
     self._every = save_every_steps
     self._saved: set[int] = set()
     self._last: int | None = None  # The step being written, or written last.
+    self._is_claimed = False
+    self._is_clean = False  # Whether leftovers of others have been removed.
+    self._metrics: dict[int, dict[str, float]] = {}
     self._manager = orbax_io.open_folder(
-      directory, create=True, keep=keep, on_written=self._list_files
+      directory,
+      create=True,
+      policy=retention.policy(keep, keep_every, keep_best, self.metrics),
+      on_written=self._list_files,
     )
+    self._is_bucket = '://' in str(self._manager.directory)
+    self._lock = SaverLock(self._manager.directory)
 
   def should_save(self, step: int) -> bool:
     """Whether `save(step, ...)` would save without `force`."""
@@ -64,12 +126,14 @@ class CheckpointManager:
     data_state: Any = None,
     config: ModelConfig | None = None,
     metadata: dict[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
     force: bool = False,
   ) -> bool:
     """Starts to save; waits only for the copy off the devices.
 
     The arrays may be donated as soon as this returns. A checkpoint of the same
-    step left by an earlier run is replaced.
+    step left by an earlier run is replaced. After an error training can go on,
+    and the step can be saved again: nothing is left of it.
 
     Args:
       step: Number of the step, not negative.
@@ -78,6 +142,7 @@ class CheckpointManager:
       data_state: Where this process's data iterator stands, as JSON types.
       config: Architecture, for `restore_params`.
       metadata: Anything else, as JSON types.
+      metrics: What was measured at this step, for `keep_best`.
       force: Save whether or not `save_every_steps` divides `step`.
 
     Returns:
@@ -85,8 +150,9 @@ class CheckpointManager:
       saved the step already.
 
     Raises:
-      ValueError: A negative step, something that is not JSON, or an array of
-        one process only.
+      ValueError: A negative step, something that is not JSON, an array of
+        one process only, or a folder that another run saves into.
+      NoSpaceError: There is no room for it, or was not for the previous one.
       Exception: What stopped the previous save in the background.
     """
     if step < 0:
@@ -96,23 +162,49 @@ class CheckpointManager:
     meta = {
       'config': None if config is None else config_json.to_json(config),
       'metadata': metadata or {},
+      'metrics': {k: float(v) for k, v in (metrics or {}).items()},
+      'listed': not self._is_bucket,
     }
     _check_json('metadata', meta)
     _check_json('data_state', data_state)
+    state = abstract.without_keys(state)
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(abstract.without_keys(state)),
+      state=ocp.args.PyTreeSave(state),
       meta=ocp.args.JsonSave(meta),
       data=ocp.args.JsonSave(data_state),
     )
     self.wait()
-    self._make_room(step)
-    self._last = step
-    self._manager.save(step, args=items, force=True)
+    self.claim()
+    self._make_room(step, disk_space.needed_bytes(state))
+    self._last, self._metrics[step] = step, meta['metrics']
+    try:
+      self._manager.save(step, args=items, force=True)
+    except BaseException:
+      self._forget_last()
+      raise
     self._saved.add(step)
     return True
 
+  def claim(self) -> None:
+    """Takes the right to save here; `save` does, if it was not done before.
+
+    Raises:
+      ValueError: Names the run that saves into the same folder.
+    """
+    if self._is_claimed:
+      return
+    error = None
+    if jax.process_index() == 0:
+      try:
+        self._lock.acquire()
+      except Exception as e:
+        error = e
+    if reason := agreement.first_error('claim', error):
+      raise error or ValueError(reason)
+    self._is_claimed = True
+
   def restore(
-    self, abstract_state: Any, step: int | None = None
+    self, abstract_state: Any, step: int | None = None, verify: bool = True
   ) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a checkpoint onto the shardings of `abstract_state`.
 
@@ -123,21 +215,93 @@ class CheckpointManager:
         `jax.ShapeDtypeStruct`s with shardings. A leaf without sharding comes
         back as a NumPy array.
       step: Which; `None` is the latest.
+      verify: Whether to compare checksums first; each process reads a part of
+        the files for it.
 
     Returns:
       The state, this process's data state, and the metadata.
 
     Raises:
-      ValueError: No such checkpoint, an unfinished or damaged one (what to use
-        instead is named), a state that it does not fit, or the data states of
-        another number of processes that differ among each other.
+      DamagedError: A `ValueError` that names the files, the arrays they belong
+        to, and what to use instead.
+      ValueError: No such checkpoint, an unfinished one, a state that it does
+        not fit, or the data states of another number of processes that differ
+        among each other.
     """
     self.wait()
     step = orbax_io.pick(self._manager, step)
+    orbax_io.check_files(self._manager, step, verify)
     state = orbax_io.read_state(self._manager, step, abstract_state)
     data_state = orbax_io.read_data_state(self._manager, step)
     metadata = orbax_io.read_meta(self._manager, step)['metadata']
     return state, data_state, metadata
+
+  def resume(self, abstract_state: Any) -> Resumed | None:
+    """Reads the newest checkpoint that is whole; damaged ones are passed over.
+
+    These are renamed, lest they count among the newest to keep. Call before
+    `save`.
+
+    Args:
+      abstract_state: As in `restore`.
+
+    Returns:
+      `None` if there is no checkpoint at all.
+
+    Raises:
+      DamagedError: There are some, and none is whole.
+      ValueError: As `restore`.
+    """
+    self.wait()
+    # Processes may see a shared folder's newest entry at different times.
+    steps = json.loads(
+      agreement.gather('resume', json.dumps(self.all_steps()))[0]
+    )
+    damaged: dict[int, str] = {}
+    for step in reversed(steps):
+      try:
+        found = self.restore(abstract_state, step)
+      except DamagedError as e:
+        _log.error('%s', e)
+        damaged[step] = str(e)
+        continue
+      self._set_aside(damaged)
+      return Resumed(step, *found, damaged=list(damaged.values()))
+    if damaged:
+      raise DamagedError(
+        f'no checkpoint in {self._manager.directory} is whole: '
+        f'{"; ".join(damaged.values())}'
+      )
+    return None
+
+  def verify(
+    self,
+    step: int | None = None,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+  ) -> int:
+    """Compares a checkpoint's files to their checksums.
+
+    Args:
+      step: Which; `None` is the latest.
+      progress: Called with numbers of bytes that were read.
+
+    Returns:
+      Number of bytes compared by this process; 0 if the checkpoint was made
+      without checksums.
+
+    Raises:
+      DamagedError: As `restore`.
+      ValueError: No such checkpoint, or an unfinished one.
+    """
+    self.wait()
+    step = orbax_io.pick(self._manager, step)
+    return orbax_io.check_files(self._manager, step, progress=progress)
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """The metrics a checkpoint was saved with; none if they are unreadable."""
+    if step not in self._metrics:
+      self._metrics[step] = orbax_io.read_metrics(self._manager, step)
+    return self._metrics[step]
 
   def latest_step(self) -> int | None:
     """Step of the newest whole checkpoint, or `None`."""
@@ -148,17 +312,38 @@ class CheckpointManager:
     return sorted(self._manager.all_steps())
 
   def wait(self) -> None:
-    """Waits until everything is on disk; raises what went wrong."""
+    """Waits until everything is on disk; raises what went wrong.
+
+    Raises:
+      NoSpaceError: The disk became full.
+      Exception: Anything else.
+    """
     try:
       self._manager.wait_until_finished()
-    except BaseException:
-      self._saved.discard(self._last)
-      self._manager.reload()
+    except BaseException as e:
+      step = self._last
+      self._forget_last()
+      if disk_space.is_full(e):
+        raise NoSpaceError(
+          errno.ENOSPC,
+          f'{self._manager.directory} became full while step {step} was '
+          f'written, which is discarded; the latest checkpoint is '
+          f'{self._words_of_latest()}',
+        ) from e
       raise
 
   def close(self) -> None:
     """Waits, then frees threads. The manager is of no more use."""
-    self._manager.close()
+    try:
+      try:
+        self.wait()
+      finally:
+        with contextlib.suppress(Exception):  # Raised by `wait` already.
+          self._manager.close()
+      if self._saved and jax.process_index() == 0:
+        removal.make_durable(self._manager.directory)
+    finally:
+      self._lock.release()
 
   def __enter__(self) -> 'CheckpointManager':
     return self
@@ -166,20 +351,57 @@ class CheckpointManager:
   def __exit__(self, *error) -> None:
     self.close()
 
-  def _make_room(self, step):
-    """Removes what a killed or earlier run has left in the way."""
-    if not self._saved and jax.process_index() == 0:
-      for path in orbax_io.unfinished(self._manager):
-        _log.warning('Removing %s, which was never finished', path)
+  def _words_of_latest(self):
+    step = self.latest_step()
+    return 'none' if step is None else f'step {step}'
+
+  def _forget_last(self):
+    """Removes what a save that failed has left."""
+    self._saved.discard(self._last)
+    self._metrics.pop(self._last, None)
+    self._manager.reload()
+    self._is_clean = False
+    if jax.process_index() == 0 and self._last is not None:
+      for path in orbax_io.unfinished(self._manager, self._last):
+        shutil.rmtree(path, ignore_errors=True)
+
+  def _make_room(self, step, needed):
+    """Removes what a killed or earlier run has left in the way.
+
+    Raises:
+      NoSpaceError: There is none for `needed` bytes.
+    """
+    if not self._is_clean and jax.process_index() == 0:
+      for path in orbax_io.leftovers(self._manager):
+        _log.warning('Removing %s, which is no whole checkpoint', path)
         path.rmtree()
+    self._is_clean = True
+    where = self._manager.directory
+    words = agreement.gather('space', disk_space.shortage(where, needed))
+    if shortage := next(filter(None, words), ''):
+      raise NoSpaceError(
+        errno.ENOSPC,
+        f'step {step} is not saved: {shortage}; the latest checkpoint is '
+        f'{self._words_of_latest()}',
+      )
     if step in self._manager.all_steps():
-      _log.warning('Replacing step %d in %s', step, self._manager.directory)
+      _log.warning('Replacing step %d in %s', step, where)
       self._manager.delete(step)
 
-  def _list_files(self):
+  def _set_aside(self, damaged):
+    if not damaged:
+      return
     if jax.process_index() == 0:
+      for step in damaged:
+        path = orbax_io.set_aside(self._manager, step)
+        _log.error('Renamed the damaged step %d to %s', step, path)
+    agreement.gather('set_aside', '')
+    self._manager.reload()
+
+  def _list_files(self):
+    if jax.process_index() == 0 and not self._is_bucket:
       for folder in orbax_io.unfinished(self._manager, self._last):
-        file_list.write(folder)
+        file_list.write(pathlib.Path(folder))
 
 
 def read_config(
@@ -191,7 +413,9 @@ def read_config(
     ValueError: As `restore_params`.
   """
   with orbax_io.open_folder(directory, create=False) as manager:
-    return _read_config(manager, orbax_io.pick(manager, step))
+    step = orbax_io.pick(manager, step)
+    orbax_io.check_files(manager, step, verify=False)
+    return _read_config(manager, step)
 
 
 def restore_params(
@@ -200,6 +424,7 @@ def restore_params(
   rules: ShardingRules,
   step: int | None = None,
   param_dtype: Any = None,
+  verify: bool = True,
 ) -> tuple[ModelConfig, Any]:
   """Reads the parameters of a training checkpoint, and nothing else of it.
 
@@ -209,6 +434,7 @@ def restore_params(
     rules: Which axis goes where.
     step: Which; `None` is the latest.
     param_dtype: Dtype of the parameters; `None` keeps the stored ones.
+    verify: Whether to compare checksums of the parameters first.
 
   Returns:
     The architecture and the parameter tree of `Transformer(config)`.
@@ -219,6 +445,9 @@ def restore_params(
   """
   with orbax_io.open_folder(directory, create=False) as manager:
     step = orbax_io.pick(manager, step)
+    orbax_io.check_files(
+      manager, step, verify, arrays=lambda name: name.startswith('params/')
+    )
     config, _ = _read_config(manager, step)
     wanted = {'params': abstract.sharded_params(config, mesh, rules)}
     if param_dtype is None:
