@@ -4,6 +4,7 @@
 knows of no flags. How it goes about it is in `run.py`.
 """
 
+from collections.abc import Sequence
 import os
 from typing import Any
 
@@ -39,7 +40,10 @@ def train(
   seed: int = 0,
   workdir: str | os.PathLike | None = None,
   save_every: int = 1000,
-  keep: int = 3,
+  keep: int | None = 3,
+  keep_every: int | None = None,
+  keep_best: Sequence | None = None,
+  failed_save: str = 'raise',
   metadata: dict[str, Any] | None = None,
   eval_dataset: Dataset | None = None,
   eval_every: int | None = None,
@@ -53,7 +57,8 @@ def train(
 
   SIGTERM and SIGINT end it after the step at hand, with a checkpoint. Called
   again with the same arguments it goes on as if nothing had happened, bit for
-  bit.
+  bit. If the newest checkpoint is damaged, it says so and goes on from the one
+  before.
 
   Args:
     model: `Transformer`; its `shard` is set here.
@@ -69,7 +74,15 @@ def train(
     workdir: Folder for `checkpoints/`, `metrics.csv` and `tensorboard/`; `None`
       writes nothing.
     save_every: Steps between checkpoints; the last step is always saved.
-    keep: Number of checkpoints to keep.
+    keep: Number of newest checkpoints to keep; `None` keeps all.
+    keep_every: Checkpoints of steps that are a multiple of it are kept for
+      good.
+    keep_best: Such as `('eval_loss', 'min', 1)`: a metric, 'min' or 'max', and
+      how many of the best checkpoints to keep. Those of steps at which it was
+      not measured do not count, so `eval_every` should divide `save_every`.
+    failed_save: 'raise' ends training at the save that fails, or at the one
+      after a save that failed in the background (a full disk, say); 'go_on'
+      warns and tries again at the next. At the end it raises in any case.
     metadata: JSON types to keep with every checkpoint.
     eval_dataset: Batches to evaluate on, iterated from its start each time.
     eval_every: Steps between evaluations; `None` evaluates at the end only.
@@ -85,7 +98,9 @@ def train(
 
   Raises:
     ValueError: Sizes below 1, batches that do not fit the mesh or change their
-      shape, a checkpoint that does not fit the model.
+      shape, a checkpoint that does not fit the model, checkpoints of which none
+      is whole, another run in the same folder.
+    SaveError: A checkpoint could not be written; the one before it is whole.
     NonFiniteError: Names the step, the batch (saved in `workdir`) and the last
       good checkpoint. Nothing is saved over that.
   """
@@ -108,7 +123,9 @@ def train(
   with (
     shown,
     StopSignal() as stop,
-    RunFiles(workdir, save_every, keep) as files,
+    RunFiles(
+      workdir, save_every, keep, keep_every, keep_best, failed_save
+    ) as files,
   ):
     run = Run(
       model=model,

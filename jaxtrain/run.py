@@ -5,7 +5,7 @@ nothing can compile later. Metrics are read one step late: while the host waits
 for step n, step n + 1 is already on the device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import os
 import pathlib
@@ -25,6 +25,7 @@ from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
+from jaxtrain.checkpoints.manager import SaveError
 from jaxtrain.evaluate import evaluate
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.interrupt import with_stop
@@ -37,6 +38,10 @@ from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
 
 Dataset = Iterable[dict[str, np.ndarray]]
+
+_FAILED_SAVE = ('raise', 'go_on')
+# Under which name a checkpoint's metadata have what the loop adds to them.
+_LOOP = 'loop'
 
 
 class NonFiniteError(RuntimeError):
@@ -95,13 +100,28 @@ class RunFiles:
   """Checkpoints and metrics of a run, or neither without a folder."""
 
   def __init__(
-    self, workdir: str | os.PathLike | None, save_every: int, keep: int
+    self,
+    workdir: str | os.PathLike | None,
+    save_every: int,
+    keep: int | None,
+    keep_every: int | None = None,
+    keep_best: Sequence | None = None,
+    failed_save: str = 'raise',
   ):
+    if failed_save not in _FAILED_SAVE:
+      raise ValueError(
+        f'failed_save={failed_save!r} must be one of {", ".join(_FAILED_SAVE)}'
+      )
     self.workdir = None if workdir is None else pathlib.Path(workdir)
     self.checkpoints = self.metrics = None
+    self.keep_best, self.failed_save = keep_best, failed_save
     if self.workdir is not None:
       self.checkpoints = CheckpointManager(
-        self.workdir / 'checkpoints', keep=keep, save_every_steps=save_every
+        self.workdir / 'checkpoints',
+        keep=keep,
+        save_every_steps=save_every,
+        keep_every=keep_every,
+        keep_best=keep_best,
       )
       self.metrics = MetricsWriter(self.workdir)
 
@@ -139,23 +159,30 @@ class Run:
     self.history, self.window = [], []
 
   def start(self, dataset: Dataset, seed: int) -> None:
-    """Makes the first state, or reads the latest checkpoint."""
+    """Makes the first state, or reads the newest checkpoint that is whole."""
     self.iterator = iter(dataset)
     checkpoints = self.files.checkpoints
-    self.step = checkpoints.latest_step() if checkpoints else None
-    if self.step is None:
+    found = None
+    if checkpoints:
+      checkpoints.claim()
+      if checkpoints.all_steps():
+        spec = train_state_lib.state_spec(
+          self.model, self.tx, self.mesh, self.rules
+        )
+        found = checkpoints.resume(vars(spec.abstract))
+    if found is None:
       self.step = 0
       self.state = train_state_lib.init_state(
         self.model, self.tx, self.mesh, self.rules, seed=seed
       )
       self.num_programs += 1
     else:
-      spec = train_state_lib.state_spec(
-        self.model, self.tx, self.mesh, self.rules
-      )
-      state, data_state, _ = checkpoints.restore(vars(spec.abstract))
-      self.state, self.saved_at = TrainState(**state), self.step
-      self._forward_data(data_state)
+      self.step = self.saved_at = found.step
+      self.state = TrainState(**found.state)
+      self._forward_data(found.data_state)
+      self.window = found.metadata.get(_LOOP, {}).get('window', [])
+      for damage in found.damaged:
+        self.shown.say(f'WARNING: {damage}')
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
     self.shown.start(self.step)
 
@@ -193,8 +220,8 @@ class Run:
 
   def finish(self, stopped_by: str | None) -> None:
     """Evaluates, unless time is short, and saves the last step."""
-    if self.window:
-      self._log(self.step)
+    if self.window and stopped_by in (None, 'data'):
+      self._log(self.step)  # Else the run that goes on has the whole window.
     if self.evaluation and self.evaluated_at != self.step:
       if stopped_by in (None, 'data'):
         self._evaluate()
@@ -287,7 +314,12 @@ class Run:
 
   def _is_save_due(self):
     checkpoints = self.files.checkpoints
-    return bool(checkpoints and checkpoints.should_save(self.step))
+    # The last step is saved by `finish`, evaluated.
+    return bool(
+      checkpoints
+      and self.step < self.steps
+      and checkpoints.should_save(self.step)
+    )
 
   def _evaluate(self):
     e = self.evaluation
@@ -317,15 +349,36 @@ class Run:
     if not (force or self._is_save_due()):
       return
     get_state = getattr(self.iterator, 'get_state', None)
-    checkpoints.save(
-      self.step,
-      vars(self.state),
-      data_state=get_state() if get_state else None,
-      config=self.model.config,
-      metadata=self.metadata,
-      force=force,
-    )
+    # What has been measured since the last row of metrics.
+    loop = {'window': self.window}
+    try:
+      checkpoints.save(
+        self.step,
+        vars(self.state),
+        data_state=get_state() if get_state else None,
+        config=self.model.config,
+        metadata={**(self.metadata or {}), _LOOP: loop},
+        metrics=self._measured(),
+        force=force,
+      )
+    except SaveError as e:
+      if self.files.failed_save == 'raise':
+        raise
+      self.shown.say(f'WARNING: training goes on without a checkpoint: {e}')
+      return
     self.saved_at = self.step
+
+  def _measured(self):
+    """The metrics of exactly this step, for its checkpoint."""
+    row = self.history[-1] if self.history else {}
+    metrics = {} if row.get('step') != self.step else dict(row)
+    best = self.files.keep_best
+    if best and best[0] not in metrics:
+      self.shown.say(
+        f'step {self.step} is saved without {best[0]}, so it is not among the '
+        'best'
+      )
+    return metrics
 
   def _describe(self, dispatched, metrics):
     """Saves the batch; returns the message that names it."""

@@ -14,7 +14,11 @@ _UNITS = ('bytes', 'kB', 'MB', 'GB', 'TB')
 _EXTRA_BYTES = 1 << 20
 
 
-class NoSpaceError(OSError):
+class SaveError(OSError):
+  """A checkpoint could not be written; nothing is left of it."""
+
+
+class NoSpaceError(SaveError):
   """There is no room for a checkpoint, or there was too little."""
 
 

@@ -31,6 +31,7 @@ from jaxtrain.checkpoints import orbax_io
 from jaxtrain.checkpoints import removal
 from jaxtrain.checkpoints import retention
 from jaxtrain.checkpoints.disk_space import NoSpaceError
+from jaxtrain.checkpoints.disk_space import SaveError
 from jaxtrain.checkpoints.orbax_io import DamagedError
 from jaxtrain.checkpoints.saver_lock import SaverLock
 from jaxtrain.models import config_json
@@ -42,6 +43,7 @@ __all__ = [
   'DamagedError',
   'NoSpaceError',
   'Resumed',
+  'SaveError',
   'read_config',
   'restore_params',
 ]
@@ -153,7 +155,7 @@ class CheckpointManager:
       ValueError: A negative step, something that is not JSON, an array of
         one process only, or a folder that another run saves into.
       NoSpaceError: There is no room for it, or was not for the previous one.
-      Exception: What stopped the previous save in the background.
+      SaveError: What stopped the previous save in the background.
     """
     if step < 0:
       raise ValueError(f'step={step} is negative')
@@ -316,21 +318,24 @@ class CheckpointManager:
 
     Raises:
       NoSpaceError: The disk became full.
-      Exception: Anything else.
+      SaveError: Anything else.
     """
     try:
       self._manager.wait_until_finished()
-    except BaseException as e:
-      step = self._last
+    except Exception as e:
+      step, where = self._last, self._manager.directory
       self._forget_last()
+      latest = f'the latest checkpoint is {self._words_of_latest()}'
       if disk_space.is_full(e):
         raise NoSpaceError(
           errno.ENOSPC,
-          f'{self._manager.directory} became full while step {step} was '
-          f'written, which is discarded; the latest checkpoint is '
-          f'{self._words_of_latest()}',
+          f'{where} became full while step {step} was written, which is '
+          f'discarded; {latest}',
         ) from e
-      raise
+      raise SaveError(
+        f'step {step} was not saved to {where} ({agreement.describe(e)}); '
+        f'{latest}'
+      ) from e
 
   def close(self) -> None:
     """Waits, then frees threads. The manager is of no more use."""

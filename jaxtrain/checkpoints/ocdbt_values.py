@@ -4,7 +4,8 @@ Orbax keeps arrays in OCDBT, tensorstore's B+tree of keys
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html), as Zarr 2
 chunks: the key 'params.w/0.1' is a chunk, 'params.w/.zarray' says how large the
 chunks are. Many chunks share a file. The nodes of the tree carry checksums of
-their own, the chunks do not.
+their own, the chunks do not, except for those of up to 1 KiB, which orbax has
+put into the nodes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ import pathlib
 
 import tensorstore as ts
 
-_SHOWN = 3
+_SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
