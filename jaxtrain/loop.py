@@ -104,14 +104,9 @@ def train(
     NonFiniteError: Names the step, the batch (saved in `workdir`) and the last
       good checkpoint. Nothing is saved over that.
   """
-  _check_sizes(
-    steps=steps,
-    save_every=save_every,
-    keep=keep,
-    eval_every=eval_every,
-    eval_batches=eval_batches,
-    log_every=log_every,
-  )
+  _check_sizes(steps=steps, save_every=save_every, keep=keep)
+  _check_sizes(log_every=log_every, eval_every=eval_every)
+  _check_sizes(eval_batches=eval_batches)
   model = model.clone(shard=constrainer(mesh, rules))
   step_fn = train_step_lib.make_train_step(
     model, tx, mesh, rules, context=context, **step_options

@@ -362,7 +362,7 @@ class Run:
         force=force,
       )
     except SaveError as e:
-      if self.files.failed_save == 'raise':
+      if self.files.failed_save == 'raise' or self.step == self.steps:
         raise
       self.shown.say(f'WARNING: training goes on without a checkpoint: {e}')
       return

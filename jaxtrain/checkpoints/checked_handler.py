@@ -6,6 +6,7 @@ wait, and no process reads what others wrote.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -73,12 +74,8 @@ class _Checked:
     process = jax.process_index()
     own = folder / f'ocdbt.process_{process}'
     if own.exists():  # It wrote something.
+      spans, grids = ocdbt_values.spans(own, self._names)
       spans = [
-        ocdbt_values.Span(f'{own.name}/{s.file}', *_rest(s))
-        for s in ocdbt_values.spans(own, self._names)
+        dataclasses.replace(s, file=f'{own.name}/{s.file}') for s in spans
       ]
-      file_list.write_share(folder, process, spans)
-
-
-def _rest(span):
-  return span.start, span.size, span.array, span.what
+      file_list.write_share(folder, process, spans, grids)

@@ -12,7 +12,7 @@ folder afterwards (times and the mark of the end; nothing is restored from
 them). In a bucket there is no list: such stores keep checksums themselves.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import concurrent.futures
 import dataclasses
 import json
@@ -21,6 +21,7 @@ import pathlib
 
 import xxhash
 
+from jaxtrain.checkpoints import ocdbt_values
 from jaxtrain.checkpoints.ocdbt_values import Span
 
 NAME = 'files.json'
@@ -44,8 +45,26 @@ class Piece:
   digest: str
 
 
+@dataclasses.dataclass(frozen=True)
+class FileList:
+  """What the files of a checkpoint were when it was written.
+
+  Attributes:
+    sizes: Bytes of each file.
+    pieces: Cover all files. None in lists of old checkpoints.
+    grids: `[shape, shape of a chunk]` of arrays.
+  """
+
+  sizes: dict[str, int]
+  pieces: list[Piece]
+  grids: dict[str, list[list[int]]]
+
+
 def write_share(
-  folder: pathlib.Path, process: int, spans: Iterable[Span]
+  folder: pathlib.Path,
+  process: int,
+  spans: Iterable[Span],
+  grids: Mapping[str, list[list[int]]],
 ) -> None:
   """Writes the checksums of the files that a process wrote into an item.
 
@@ -54,6 +73,7 @@ def write_share(
     process: Number of the process.
     spans: What is known of the files' contents. Bytes between are pieces of
       their own.
+    grids: Of arrays, as far as this process knows.
   """
   by_file: dict[str, list[Span]] = {}
   for span in spans:
@@ -64,7 +84,9 @@ def write_share(
     for span in _cover(file, os.path.getsize(folder / file), known)
   ]
   pieces = [_to_json(p) for p in _digest(folder, whole)]
-  (folder / f'{_SHARE}{process}.json').write_text(json.dumps(pieces))
+  (folder / f'{_SHARE}{process}.json').write_text(
+    json.dumps({'pieces': pieces, 'grids': grids})
+  )
 
 
 def write(folder: pathlib.Path) -> None:
@@ -74,13 +96,15 @@ def write(folder: pathlib.Path) -> None:
   none are read here. All is on the disk when this returns, whatever becomes of
   the machine.
   """
-  pieces = []
-  for share in sorted(folder.glob(f'*/{_SHARE}*.json')):
-    for piece in map(_from_json, json.loads(share.read_text())):
-      file = f'{share.parent.name}/{piece.span.file}'
+  pieces, grids = [], {}
+  for path in sorted(folder.glob(f'*/{_SHARE}*.json')):
+    share = json.loads(path.read_text())
+    grids |= share['grids']
+    for piece in map(_from_json, share['pieces']):
+      file = f'{path.parent.name}/{piece.span.file}'
       span = dataclasses.replace(piece.span, file=file)
       pieces.append(dataclasses.replace(piece, span=span))
-    share.unlink()
+    path.unlink()
   sizes = _sizes(folder)
   known = {piece.span.file for piece in pieces}
   rest = [Span(f, 0, n, None, '') for f, n in sizes.items() if f not in known]
@@ -88,6 +112,7 @@ def write(folder: pathlib.Path) -> None:
   listed = {
     'hash': _HASH,
     'bytes': sizes,
+    'grids': grids,
     'pieces': [_to_json(p) for p in pieces],
   }
   (folder / NAME).write_text(json.dumps(listed))
@@ -95,10 +120,8 @@ def write(folder: pathlib.Path) -> None:
   sync(folder, [NAME, *folders, *(f for f in sizes if f not in known)])
 
 
-def read(folder: pathlib.Path) -> tuple[dict[str, int], list[Piece]] | None:
-  """Sizes of a checkpoint's files, and their pieces, `None` without a list.
-
-  Lists of old checkpoints have no pieces.
+def read(folder: pathlib.Path) -> FileList | None:
+  """The list of a checkpoint, `None` if it has none.
 
   Raises:
     ValueError: The list is unreadable.
@@ -109,11 +132,11 @@ def read(folder: pathlib.Path) -> tuple[dict[str, int], list[Piece]] | None:
   try:
     listed = json.loads(path.read_text())
     if 'hash' not in listed:
-      return {f: int(n) for f, n in listed.items()}, []
+      return FileList({f: int(n) for f, n in listed.items()}, [], {})
     if listed['hash'] != _HASH:
       raise ValueError(f'the hash {listed["hash"]!r} is not {_HASH!r}')
     pieces = [_from_json(p) for p in listed['pieces']]
-    return listed['bytes'], pieces
+    return FileList(listed['bytes'], pieces, listed['grids'])
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(f'{NAME} is unreadable: {e}') from e
 
@@ -135,6 +158,7 @@ def check_sizes(folder: pathlib.Path, sizes: dict[str, int]) -> None:
 def damage(
   folder: pathlib.Path,
   pieces: Iterable[Piece],
+  grids: Mapping[str, list[list[int]]],
   progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> list[str]:
   """Reads pieces of files; says which are not what was written.
@@ -142,12 +166,13 @@ def damage(
   Args:
     folder: Of the checkpoint.
     pieces: Which to read, by several threads.
+    grids: Of the list.
     progress: Called with the number of bytes read since the last call.
   """
   pieces = list(pieces)
   found = _digest(folder, [p.span for p in pieces], progress)
   return [
-    _describe(listed.span)
+    _describe(listed.span, grids)
     for listed, now in zip(pieces, found, strict=True)
     if listed.digest != now.digest
   ]
@@ -184,13 +209,15 @@ def sync(folder: pathlib.Path, files: Iterable[str] = ()) -> None:
       os.close(fd)
 
 
-def _describe(span):
+def _describe(span, grids):
   if not span.what:
     return f'{span.file} is not what was written'
-  end = span.start + span.size
+  what = span.what
+  if span.array is not None:
+    what = ocdbt_values.describe(span.array, what, grids.get(span.array))
   return (
-    f'bytes {span.start}:{end} of {span.file} are not what was written: '
-    f'{span.what}'
+    f'bytes {span.start}:{span.start + span.size} of {span.file} are not what '
+    f'was written: {what}'
   )
 
 

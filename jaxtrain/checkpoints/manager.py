@@ -20,7 +20,6 @@ import shutil
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints import abstract
@@ -32,11 +31,13 @@ from jaxtrain.checkpoints import removal
 from jaxtrain.checkpoints import retention
 from jaxtrain.checkpoints.disk_space import NoSpaceError
 from jaxtrain.checkpoints.disk_space import SaveError
+from jaxtrain.checkpoints.joint_save import JointSave
 from jaxtrain.checkpoints.orbax_io import DamagedError
+from jaxtrain.checkpoints.read_params import read_config
+from jaxtrain.checkpoints.read_params import restore_params
 from jaxtrain.checkpoints.saver_lock import SaverLock
 from jaxtrain.models import config_json
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.sharding import ShardingRules
 
 __all__ = [
   'CheckpointManager',
@@ -107,9 +108,11 @@ class CheckpointManager:
     self._is_claimed = False
     self._is_clean = False  # Whether leftovers of others have been removed.
     self._metrics: dict[int, dict[str, float]] = {}
+    self._together = JointSave(os.fspath(directory))
     self._manager = orbax_io.open_folder(
       directory,
       create=True,
+      together=self._together,
       policy=retention.policy(keep, keep_every, keep_best, self.metrics),
       on_written=self._list_files,
     )
@@ -179,6 +182,7 @@ class CheckpointManager:
     self.claim()
     self._make_room(step, disk_space.needed_bytes(state))
     self._last, self._metrics[step] = step, meta['metrics']
+    self._together.begin()
     try:
       self._manager.save(step, args=items, force=True)
     except BaseException:
@@ -264,8 +268,8 @@ class CheckpointManager:
       try:
         found = self.restore(abstract_state, step)
       except DamagedError as e:
-        _log.error('%s', e)
-        damaged[step] = str(e)
+        _log.error('%s', e.damage)
+        damaged[step] = e.damage
         continue
       self._set_aside(damaged)
       return Resumed(step, *found, damaged=list(damaged.values()))
@@ -405,73 +409,12 @@ class CheckpointManager:
 
   def _list_files(self):
     if jax.process_index() == 0 and not self._is_bucket:
-      for folder in orbax_io.unfinished(self._manager, self._last):
-        file_list.write(pathlib.Path(folder))
-
-
-def read_config(
-  directory: str | os.PathLike, step: int | None = None
-) -> tuple[ModelConfig, dict[str, Any]]:
-  """Architecture and metadata of a checkpoint, without its arrays.
-
-  Raises:
-    ValueError: As `restore_params`.
-  """
-  with orbax_io.open_folder(directory, create=False) as manager:
-    step = orbax_io.pick(manager, step)
-    orbax_io.check_files(manager, step, verify=False)
-    return _read_config(manager, step)
-
-
-def restore_params(
-  directory: str | os.PathLike,
-  mesh: Mesh | None,
-  rules: ShardingRules,
-  step: int | None = None,
-  param_dtype: Any = None,
-  verify: bool = True,
-) -> tuple[ModelConfig, Any]:
-  """Reads the parameters of a training checkpoint, and nothing else of it.
-
-  Args:
-    directory: What `CheckpointManager` was given.
-    mesh: Devices; `None` is the first local device.
-    rules: Which axis goes where.
-    step: Which; `None` is the latest.
-    param_dtype: Dtype of the parameters; `None` keeps the stored ones.
-    verify: Whether to compare checksums of the parameters first.
-
-  Returns:
-    The architecture and the parameter tree of `Transformer(config)`.
-
-  Raises:
-    ValueError: No checkpoint there, one saved without a config, an unfinished
-      or damaged one, or a dimension that the mesh does not divide.
-  """
-  with orbax_io.open_folder(directory, create=False) as manager:
-    step = orbax_io.pick(manager, step)
-    orbax_io.check_files(
-      manager, step, verify, arrays=lambda name: name.startswith('params/')
-    )
-    config, _ = _read_config(manager, step)
-    wanted = {'params': abstract.sharded_params(config, mesh, rules)}
-    if param_dtype is None:
-      stored = orbax_io.stored_leaves(manager, step)
-      wanted = abstract.with_stored_dtypes(wanted, stored)
-    else:
-      wanted = abstract.with_dtype(wanted, param_dtype)
-    state = orbax_io.read_state(manager, step, wanted, partial=True)
-  return config, state['params']
-
-
-def _read_config(manager, step):
-  meta = orbax_io.read_meta(manager, step)
-  if meta['config'] is None:
-    raise ValueError(
-      f'checkpoint step {step} in {manager.directory} was saved without a '
-      'model config'
-    )
-  return config_json.from_json(meta['config']), meta['metadata']
+      try:
+        for folder in orbax_io.unfinished(self._manager, self._last):
+          file_list.write(pathlib.Path(folder))
+      except BaseException as e:
+        self._together.fail(e)
+        raise
 
 
 def _check_json(name, value):

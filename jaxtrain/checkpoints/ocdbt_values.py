@@ -27,7 +27,7 @@ class Span:
     start: First byte.
     size: Number of bytes.
     array: Name of the array whose values these are, if they are of one.
-    what: In words: 'params/w [0:64, 0:32]', or what depends on an index.
+    what: The chunk, such as '0.1', if they are; else in words, or ''.
   """
 
   file: str
@@ -37,12 +37,18 @@ class Span:
   what: str
 
 
-def spans(folder: pathlib.Path, names: Mapping[str, str]) -> list[Span]:
+def spans(
+  folder: pathlib.Path, names: Mapping[str, str]
+) -> tuple[list[Span], dict[str, list[list[int]]]]:
   """What the files of a database hold, as far as its newest version uses them.
 
   Args:
     folder: Holds manifest.ocdbt.
     names: Name of each array by the one it has in the database.
+
+  Returns:
+    Runs of bytes, and `[shape, shape of a chunk]` of arrays. Of those that
+    several processes write, only one may say so.
 
   Raises:
     ValueError: The database cannot be read.
@@ -50,29 +56,36 @@ def spans(folder: pathlib.Path, names: Mapping[str, str]) -> list[Span]:
   base = ts.KvStore.open({'driver': 'file', 'path': f'{folder}/'}).result()
   manifest = ts.ocdbt.dump(base).result()
   root = manifest['versions'][-1]['root']
-  if 'location' not in root:  # Nothing was written.
-    return []
   found: list[Span] = []
-  chunks: dict[str, tuple[str, str]] = {}
-  shapes: dict[str, dict] = {}
+  grids: dict[str, list[list[int]]] = {}
+  if 'location' not in root:  # Nothing was written.
+    return found, grids
   for node, entries in _nodes(base, root['location'], ''):
-    inline = []
+    inline = set()
     for key, value in entries:
-      if 'indirect_value' in value:
-        chunks[key] = value['indirect_value']
-        continue
       array, _, what = key.rpartition('/')
-      if what == '.zarray':
-        shapes[array] = json.loads(value['inline_value'])
+      array = names.get(array, array)
+      if 'indirect_value' in value:
+        found.append(Span(*_place(value['indirect_value']), array, what))
+      elif what == '.zarray':
+        zarray = json.loads(value['inline_value'])
+        grids[array] = [zarray['shape'], zarray['chunks']]
       else:
-        inline.append(names.get(array, array))
-    found.append(Span(*_place(node), None, _index(inline)))
-  for key, location in chunks.items():
-    array, _, chunk = key.rpartition('/')
-    name = names.get(array, array)
-    where = _rectangle(shapes.get(array), chunk)
-    found.append(Span(*_place(location), name, f'{name} {where}'))
-  return found
+        inline.add(array)
+    found.append(Span(*_place(node), None, _index(sorted(inline))))
+  return found, grids
+
+
+def describe(array: str, chunk: str, grid: list[list[int]] | None) -> str:
+  """A chunk in words: 'params/w [64:128, 0:32]', if its size is known."""
+  if grid is None:
+    return f'{array} (chunk {chunk})'
+  shape, size = grid
+  bounds = [
+    f'{int(i) * n}:{min((int(i) + 1) * n, dim)}'
+    for i, n, dim in zip(chunk.split('.'), size, shape, strict=False)
+  ]
+  return f'{array} [{", ".join(bounds)}]'
 
 
 def _nodes(base, location, prefix) -> Iterator[tuple[str, list]]:
@@ -98,24 +111,6 @@ def _place(location):
 
 
 def _index(inline):
-  inline = sorted(set(inline))
   more = f' and {len(inline) - _SHOWN} more' if len(inline) > _SHOWN else ''
   held = f', which holds {", ".join(inline[:_SHOWN])}{more}' if inline else ''
   return f'the index of the arrays{held}'
-
-
-def _rectangle(zarray, chunk):
-  """'[64:128, 0:32]' of chunk '1.0', or its name if its size is unknown."""
-  if zarray is None:
-    return f'(chunk {chunk})'
-  if not zarray['shape']:
-    return '[]'
-  bounds = []
-  for i, size, dim in zip(
-    chunk.split(zarray.get('dimension_separator', '.')),
-    zarray['chunks'],
-    zarray['shape'],
-    strict=True,
-  ):
-    bounds.append(f'{int(i) * size}:{min((int(i) + 1) * size, dim)}')
-  return f'[{", ".join(bounds)}]'

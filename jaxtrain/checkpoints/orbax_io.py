@@ -21,6 +21,7 @@ from jaxtrain.checkpoints import agreement
 from jaxtrain.checkpoints import file_list
 from jaxtrain.checkpoints import removal
 from jaxtrain.checkpoints.checked_handler import CheckedHandler
+from jaxtrain.checkpoints.joint_save import JointSave
 
 _UNFINISHED = '.orbax-checkpoint-tmp'
 _NAMES = ocp.path.step.standard_name_format(step_format_fixed_length=8)
@@ -35,7 +36,15 @@ _PASSING = (
 
 
 class DamagedError(ValueError):
-  """A checkpoint's files are not what was written."""
+  """A checkpoint's files are not what was written.
+
+  Attributes:
+    damage: What is wrong, without what to do.
+  """
+
+  def __init__(self, damage: str, advice: str = ''):
+    super().__init__(f'{damage}; {advice}' if advice else damage)
+    self.damage = damage
 
 
 def open_folder(
@@ -44,7 +53,7 @@ def open_folder(
   create: bool,
   policy: Any = None,
   on_written: Callable[[], None] | None = None,
-  on_error: Callable[[BaseException], None] = lambda error: None,
+  together: JointSave | None = None,
 ) -> ocp.CheckpointManager:
   """Opens the folder that holds the checkpoints of a run.
 
@@ -53,7 +62,7 @@ def open_folder(
     create: Whether to make it if it is not there.
     policy: What to keep, of orbax's `PreservationPolicy`; `None` keeps all.
     on_written: Called when a checkpoint is written, before its final name.
-    on_error: Told what stopped this process's part of a save.
+    together: How the processes learn of each other's failures.
 
   Returns:
     Orbax's manager.
@@ -69,7 +78,7 @@ def open_folder(
     ),
   )
   registry = ocp.DefaultCheckpointHandlerRegistry()
-  arrays = CheckedHandler(on_error)
+  arrays = CheckedHandler(together.fail if together else lambda error: None)
   registry.add('state', ocp.args.PyTreeSave, arrays)
   registry.add('state', ocp.args.PyTreeRestore, arrays)
   registry.add('meta', ocp.args.JsonSave)
@@ -80,7 +89,10 @@ def open_folder(
     create=create,
     save_root_metadata=False,
     preservation_policy=policy or ocp.checkpoint_managers.LatestN(),
-    async_options=ocp.AsyncOptions(post_finalization_callback=on_written),
+    async_options=ocp.AsyncOptions(
+      post_finalization_callback=on_written,
+      barrier_sync_fn=together.barrier if together else None,
+    ),
   )
   manager = ocp.CheckpointManager(
     directory, options=options, handler_registry=registry
@@ -222,7 +234,6 @@ def check_files(
   step: int,
   verify: bool = True,
   arrays: Callable[[str], bool] = lambda name: True,
-  share: bool = True,
   progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> int:
   """Compares the files of a step to what was written. Call everywhere.
@@ -232,7 +243,6 @@ def check_files(
     step: Which.
     verify: Whether to read contents, too, and compare checksums.
     arrays: Which arrays matter, by name.
-    share: Whether each process reads a part of the files and tells the others.
     progress: Called with numbers of bytes read.
 
   Returns:
@@ -248,18 +258,19 @@ def check_files(
     if listed is None and _must_have_list(manager, step):
       raise ValueError(f'{file_list.NAME} is missing')
     if listed is not None:
-      sizes, pieces = listed
-      file_list.check_sizes(folder, sizes)
-      pieces = [
-        p for p in pieces if p.span.array is None or arrays(p.span.array)
-      ]
-      if share:
-        pieces = file_list.share(
-          pieces, jax.process_index(), jax.process_count()
-        )
-    if verify and (faults := file_list.damage(folder, pieces, progress)):
-      raise ValueError(file_list.join(faults))
-  return sum(p.span.size for p in pieces) if verify else 0
+      file_list.check_sizes(folder, listed.sizes)
+      if verify:
+        pieces = _to_verify(listed.pieces, arrays)
+      faults = file_list.damage(folder, pieces, listed.grids, progress)
+      if faults:
+        raise ValueError(file_list.join(faults))
+  return sum(p.span.size for p in pieces)
+
+
+def _to_verify(pieces, arrays):
+  """What this process reads of the pieces that matter."""
+  matter = [p for p in pieces if p.span.array is None or arrays(p.span.array)]
+  return file_list.share(matter, jax.process_index(), jax.process_count())
 
 
 def _must_have_list(manager, step):
@@ -285,8 +296,8 @@ def _reading(manager, step) -> Iterator[None]:
   if any(name in reason for name in _PASSING):
     raise error or RuntimeError(f'{_where(manager, step)}: {reason}')
   raise DamagedError(
-    f'{_where(manager, step)} is damaged ({reason}); '
-    f'{_instead(sorted(manager.all_steps()), step)}'
+    f'{_where(manager, step)} is damaged ({reason})',
+    _instead(sorted(manager.all_steps()), step),
   ) from error
 
 

@@ -60,12 +60,13 @@ def _flip(path, position, bit=0):
 
 def _bytes(folder):
   """Every byte of a step that is in its list, as (file, position)."""
-  sizes, _ = file_list.read(folder)
+  sizes = file_list.read(folder).sizes
   return [(name, i) for name, n in sizes.items() for i in range(n)]
 
 
 def test_pieces_cover_every_byte_of_every_file_once(saved):
-  sizes, pieces = file_list.read(saved / '00000003')
+  listed = file_list.read(saved / '00000003')
+  sizes, pieces = listed.sizes, listed.pieces
   files = {
     str(p.relative_to(saved / '00000003'))
     for p in (saved / '00000003').glob('*/**/*')
@@ -107,7 +108,7 @@ def test_a_flipped_bit_is_attributed_to_the_array_that_it_changes(
   shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
   folder = tmp_path / '00000003'
   rng = np.random.default_rng(seed)
-  _, pieces = file_list.read(folder)
+  pieces = file_list.read(folder).pieces
   name = _NAMES[seed % 3]
   span = rng.choice([p.span for p in pieces if p.span.array == name])
   _flip(folder / span.file, span.start + rng.integers(span.size), seed)
@@ -135,20 +136,20 @@ def test_any_flipped_bit_is_found(saved, state, tmp_path):
   folder = tmp_path / '00000003'
   everywhere = _bytes(folder)
   rng = np.random.default_rng(0)
-  _, pieces = file_list.read(folder)
+  pieces = file_list.read(folder).pieces
   for i in rng.choice(len(everywhere), 40, replace=False):
     name, position = everywhere[i]
     _flip(folder / name, position, i % 8)
-    (fault,) = file_list.damage(folder, pieces)
+    (fault,) = file_list.damage(folder, pieces, {})
     assert name in fault
     _flip(folder / name, position, i % 8)
-  assert not file_list.damage(folder, pieces)
+  assert not file_list.damage(folder, pieces, {})
 
 
 def test_small_arrays_and_indices_are_named(saved, state, tmp_path):
   shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
   folder = tmp_path / '00000003'
-  _, pieces = file_list.read(folder)
+  pieces = file_list.read(folder).pieces
   spans = [p.span for p in pieces if 'which holds' in p.span.what]
   assert spans
   for span in spans:
@@ -162,7 +163,7 @@ def test_small_arrays_and_indices_are_named(saved, state, tmp_path):
 
 def test_serving_needs_only_the_parameters_whole(saved, tmp_path):
   shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-  _, pieces = file_list.read(tmp_path / '00000003')
+  pieces = file_list.read(tmp_path / '00000003').pieces
   span = next(p.span for p in pieces if p.span.array == 'opt/a')
   _flip(tmp_path / '00000003' / span.file, span.start)
   # There is no model in it, which is found after the checksums are right.
@@ -184,7 +185,7 @@ def test_checksums_need_not_be_compared(saved, state, tmp_path):
     with pytest.raises(ValueError, match='commit_success.txt has|is not what'):
       manager.restore(state)
     path = tmp_path / '00000003' / 'state' / 'commit_success.txt'
-    sizes, _ = file_list.read(tmp_path / '00000003')
+    sizes = file_list.read(tmp_path / '00000003').sizes
     path.write_text('x' * sizes['state/commit_success.txt'])
     with pytest.raises(ValueError, match='commit_success.txt is not what'):
       manager.restore(state)
@@ -199,7 +200,7 @@ def test_old_checkpoints_are_read(saved, state, tmp_path, sizes):
   meta = json.loads((folder / 'meta' / 'metadata').read_text())
   old = {k: meta[k] for k in ('config', 'metadata')}
   (folder / 'meta' / 'metadata').write_text(json.dumps(old))
-  found, _ = file_list.read(folder)
+  found = file_list.read(folder).sizes
   found['meta/metadata'] = len(json.dumps(old))
   (folder / file_list.NAME).write_text(json.dumps(found))
   if not sizes:
@@ -240,7 +241,7 @@ def test_verify_reads_all_bytes_and_reports_them(saved):
   read = []
   with CheckpointManager(saved) as manager:
     total = manager.verify(2, progress=read.append)
-  sizes, _ = file_list.read(saved / '00000002')
+  sizes = file_list.read(saved / '00000002').sizes
   assert sum(read) == total == sum(sizes.values())
 
 
@@ -272,14 +273,26 @@ def test_trees_of_several_levels_are_walked(tmp_path):
     for key, value in values.items():
       store.with_transaction(transaction)[key] = value
   names = {f'p.layer.{i:02d}': f'p/layer/{i:02d}' for i in range(20)}
-  spans = [s for s in ocdbt_values.spans(tmp_path, names) if s.array]
+  spans, grids = ocdbt_values.spans(tmp_path, names)
+  spans = [s for s in spans if s.array]
+  assert grids == {}
   assert len(spans) == len(values)
   for span in spans:
     stored = (tmp_path / span.file).read_bytes()
     stored = stored[span.start : span.start + span.size]
-    array, chunk = span.what.split(' (chunk ')
-    assert values[f'{array.replace("/", ".")}/{chunk[:-1]}'] == stored
-    assert span.array == array
+    assert values[f'{span.array.replace("/", ".")}/{span.what}'] == stored
+
+
+@pytest.mark.parametrize(
+  'array, chunk, grid, expected',
+  [
+    ('a/b', '1.0', [[10, 3], [6, 3]], 'a/b [6:10, 0:3]'),
+    ('a', '0', [[], []], 'a []'),
+    ('a', '2', None, 'a (chunk 2)'),
+  ],
+)
+def test_chunks_in_words(array, chunk, grid, expected):
+  assert ocdbt_values.describe(array, chunk, grid) == expected
 
 
 def test_nothing_in_a_folder_that_is_no_database(tmp_path):
