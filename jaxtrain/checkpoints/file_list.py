@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import threading
 
 import xxhash
 
@@ -115,7 +116,8 @@ def write(folder: pathlib.Path) -> None:
     'grids': grids,
     'pieces': [_to_json(p) for p in pieces],
   }
-  (folder / NAME).write_text(json.dumps(listed))
+  text = json.dumps({'list': listed, 'digest': _digest_of(listed)})
+  (folder / NAME).write_text(text)
   folders = {os.path.dirname(f) for f in sizes}
   sync(folder, [NAME, *folders, *(f for f in sizes if f not in known)])
 
@@ -130,29 +132,36 @@ def read(folder: pathlib.Path) -> FileList | None:
   if not path.exists():
     return None
   try:
-    listed = json.loads(path.read_text())
-    if 'hash' not in listed:
-      return FileList({f: int(n) for f, n in listed.items()}, [], {})
+    text = json.loads(path.read_text())
+    if 'digest' not in text:
+      return FileList({f: int(n) for f, n in text.items()}, [], {})
+    listed = text['list']
     if listed['hash'] != _HASH:
       raise ValueError(f'the hash {listed["hash"]!r} is not {_HASH!r}')
+    if text['digest'] != _digest_of(listed):
+      raise ValueError('it is not what was written')
     pieces = [_from_json(p) for p in listed['pieces']]
     return FileList(listed['bytes'], pieces, listed['grids'])
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ValueError(f'{NAME} is unreadable: {e}') from e
 
 
-def check_sizes(folder: pathlib.Path, sizes: dict[str, int]) -> None:
+def check_sizes(folder: pathlib.Path, listed: FileList) -> None:
   """Compares the files in the folders of `folder` to their listed sizes.
 
   Raises:
-    ValueError: Names a file that is missing or of another size.
+    ValueError: Names a file that is missing or of another size, and what it
+      holds.
   """
   found = _sizes(folder)
-  for name, size in sizes.items():
+  for name, size in listed.sizes.items():
     if name not in found:
-      raise ValueError(f'{name} is missing')
+      raise ValueError(f'{name} is missing{_holding(listed, name, 0)}')
     if found[name] != size:
-      raise ValueError(f'{name} has {found[name]} bytes instead of {size}')
+      held = _holding(listed, name, min(found[name], size))
+      raise ValueError(
+        f'{name} has {found[name]} bytes instead of {size}{held}'
+      )
 
 
 def damage(
@@ -191,9 +200,7 @@ def share(pieces: list[Piece], index: int, count: int) -> list[Piece]:
 
 def join(faults: list[str]) -> str:
   """A message of several faults, the first few in full."""
-  more = len(faults) - _SHOWN
-  text = '; '.join(faults[:_SHOWN])
-  return f'{text}; and {more} more' if more > 0 else text
+  return _some(faults, '; ')
 
 
 def sync(folder: pathlib.Path, files: Iterable[str] = ()) -> None:
@@ -221,6 +228,26 @@ def _describe(span, grids):
   )
 
 
+def _holding(listed, name, end):
+  """Which pieces of arrays a file holds that end after a byte."""
+  held = [
+    ocdbt_values.describe(s.array, s.what, listed.grids.get(s.array))
+    for s in (p.span for p in listed.pieces)
+    if s.file == name and s.array and s.start + s.size > end
+  ]
+  return f'; it held {_some(held)}' if held else ''
+
+
+def _some(words, separator=', '):
+  more = len(words) - _SHOWN
+  text = separator.join(words[:_SHOWN])
+  return f'{text}{separator}and {more} more' if more > 0 else text
+
+
+def _digest_of(listed):
+  return xxhash.xxh3_64_hexdigest(json.dumps(listed).encode())
+
+
 def _cover(file, size, known):
   """`known` spans of a file in order, and the bytes between them."""
   end = 0
@@ -236,6 +263,8 @@ def _cover(file, size, known):
 def _digest(folder, spans, progress=lambda num_bytes: None) -> list[Piece]:
   """Checksums of runs of bytes, by several threads."""
 
+  lock = threading.Lock()
+
   def one(span):
     digest = xxhash.xxh3_64()
     try:
@@ -245,7 +274,8 @@ def _digest(folder, spans, progress=lambda num_bytes: None) -> list[Piece]:
         while left and (block := f.read(min(left, _BLOCK))):
           digest.update(block)
           left -= len(block)
-          progress(len(block))
+          with lock:  # Progress bars are no thread's friend.
+            progress(len(block))
     except FileNotFoundError:
       return Piece(span, 'missing')
     return Piece(span, digest.hexdigest())

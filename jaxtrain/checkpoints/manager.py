@@ -303,6 +303,10 @@ class CheckpointManager:
     step = orbax_io.pick(self._manager, step)
     return orbax_io.check_files(self._manager, step, progress=progress)
 
+  def size_bytes(self, step: int) -> int | None:
+    """What `verify` will read of a checkpoint; `None` if that is not known."""
+    return orbax_io.listed_bytes(self._manager, step)
+
   def metrics(self, step: int) -> dict[str, float]:
     """The metrics a checkpoint was saved with; none if they are unreadable."""
     if step not in self._metrics:

@@ -258,13 +258,22 @@ def check_files(
     if listed is None and _must_have_list(manager, step):
       raise ValueError(f'{file_list.NAME} is missing')
     if listed is not None:
-      file_list.check_sizes(folder, listed.sizes)
+      file_list.check_sizes(folder, listed)
       if verify:
         pieces = _to_verify(listed.pieces, arrays)
       faults = file_list.damage(folder, pieces, listed.grids, progress)
       if faults:
         raise ValueError(file_list.join(faults))
   return sum(p.span.size for p in pieces)
+
+
+def listed_bytes(manager: ocp.CheckpointManager, step: int) -> int | None:
+  """Bytes of the listed files of a step, `None` without a readable list."""
+  try:
+    listed = file_list.read(pathlib.Path(_folder(manager, step)))
+  except ValueError:
+    return None
+  return None if listed is None else sum(listed.sizes.values())
 
 
 def _to_verify(pieces, arrays):

@@ -146,6 +146,63 @@ def test_any_flipped_bit_is_found(saved, state, tmp_path):
   assert not file_list.damage(folder, pieces, {})
 
 
+def test_any_flipped_bit_of_the_list_is_found(saved, tmp_path):
+  text = (saved / '00000003' / file_list.NAME).read_bytes()
+  rng = np.random.default_rng(0)
+  path = tmp_path / file_list.NAME
+  for i, position in enumerate(rng.choice(len(text), 200, replace=False)):
+    path.write_bytes(text)
+    _flip(path, position, i % 8)
+    with pytest.raises(ValueError, match='files.json is unreadable'):
+      file_list.read(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['_CHECKPOINT_METADATA', 'commit_success.txt'])
+def test_the_files_that_are_not_listed_do_not_matter(
+  saved, state, tmp_path, name
+):
+  """Flipped, emptied or deleted: what is restored is right, if it is."""
+  shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+  path = tmp_path / '00000003' / name
+  text = path.read_bytes()
+  rng = np.random.default_rng(0)
+  positions = rng.choice(len(text), 20, replace=False)
+  for position in [*positions, None, 'deleted']:
+    path.write_bytes(text if position is not None else b'')
+    if position == 'deleted':
+      path.unlink()
+    elif position is not None:
+      _flip(path, position, position % 8)
+    with CheckpointManager(tmp_path) as manager:
+      assert manager.all_steps() == [1, 2, 3]
+      restored, _, metadata = manager.restore(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert metadata == {'step': 3}
+
+
+@pytest.mark.parametrize('end', [0, -1])
+def test_what_a_file_held_is_named(saved, state, tmp_path, end):
+  shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+  folder = tmp_path / '00000003'
+  pieces = file_list.read(folder).pieces
+  span = next(p.span for p in pieces if p.span.array == 'opt/a')
+  path = folder / span.file
+  data = path.read_bytes()
+  last = span.start + span.size + end
+  path.write_bytes(data[:last])
+  with CheckpointManager(tmp_path) as manager:
+    with pytest.raises(manager_lib.DamagedError) as error:
+      manager.restore(state)
+    names = re.findall(r'(\S+) \[[\d:, ]+\]', str(error.value))
+    # What lies before the end is whole.
+    assert (names[:1] == ['opt/a']) == (end < 0)
+    path.unlink()
+    with pytest.raises(
+      manager_lib.DamagedError, match='missing; it held .*opt/a'
+    ):
+      manager.restore(state)
+
+
 def test_small_arrays_and_indices_are_named(saved, state, tmp_path):
   shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
   folder = tmp_path / '00000003'
@@ -223,7 +280,7 @@ def test_old_checkpoints_are_read(saved, state, tmp_path, sizes):
     (None, 'files.json is missing'),
     ('{"hash": "xxh', 'files.json is unreadable'),
     ('[1, 2]', 'files.json is unreadable'),
-    ('{"hash": "md5"}', "the hash 'md5' is not 'xxh3_64'"),
+    ('{"list": {"hash": "md5"}, "digest": ""}', "hash 'md5' is not 'xxh3_64'"),
   ],
 )
 def test_a_damaged_list_is_damage(saved, state, tmp_path, content, message):
