@@ -185,7 +185,8 @@ def test_what_a_file_held_is_named(saved, state, tmp_path, end):
   shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
   folder = tmp_path / '00000003'
   pieces = file_list.read(folder).pieces
-  span = next(p.span for p in pieces if p.span.array == 'opt/a')
+  ours = [p.span for p in pieces if p.span.array == 'opt/a']
+  span = max(ours, key=lambda s: (s.file, s.start))
   path = folder / span.file
   data = path.read_bytes()
   last = span.start + span.size + end
@@ -195,7 +196,7 @@ def test_what_a_file_held_is_named(saved, state, tmp_path, end):
       manager.restore(state)
     names = re.findall(r'(\S+) \[[\d:, ]+\]', str(error.value))
     # What lies before the end is whole.
-    assert (names[:1] == ['opt/a']) == (end < 0)
+    assert ('opt/a' in names) == (end < 0)
     path.unlink()
     with pytest.raises(
       manager_lib.DamagedError, match='missing; it held .*opt/a'
