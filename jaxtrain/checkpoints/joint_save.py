@@ -5,7 +5,7 @@ process 0 has finished. One that fails does not come, and the others wait for it
 for twenty minutes. Here it tells them.
 """
 
-import collections
+import itertools
 import time
 
 import jax
@@ -16,26 +16,22 @@ from jaxtrain.checkpoints import agreement
 
 _MEETINGS = ('async_write_complete', 'async_commit_complete')
 _SLICE_MS = 1000
-_attempts: collections.Counter = collections.Counter()
+_numbers = itertools.count()
 
 
 class JointSave:
-  """The saves into one folder.
+  """The saves of one manager. Make them in the same order on every process."""
 
-  Args:
-    directory: The folder.
-  """
-
-  def __init__(self, directory: str):
-    self._directory = directory
+  def __init__(self):
+    self._number = next(_numbers)
+    self._attempt = 0
 
   def begin(self) -> None:
     """Another save begins. Call from every process."""
-    _attempts[self._directory] += 1
+    self._attempt += 1
     if jax.process_count() > 1 and jax.process_index() == 0:
       # All processes have ended the one before the last.
-      number = _attempts[self._directory] - 2
-      _client().key_value_delete(f'{self._prefix(number)}/')
+      _client().key_value_delete(f'{self._prefix(self._attempt - 2)}/')
 
   def fail(self, error: BaseException) -> None:
     """Tells the others that this process cannot do its part."""
@@ -79,9 +75,9 @@ class JointSave:
       raise RuntimeError(f'process {name.rpartition("/")[2]}: {text}')
     return False
 
-  def _prefix(self, number=None):
-    number = _attempts[self._directory] if number is None else number
-    return f'onemesh/save/{self._directory}/{number}'
+  def _prefix(self, attempt=None):
+    attempt = self._attempt if attempt is None else attempt
+    return f'onemesh/save/{self._number}/{attempt}'
 
 
 def _client():

@@ -108,7 +108,7 @@ class CheckpointManager:
     self._is_claimed = False
     self._is_clean = False  # Whether leftovers of others have been removed.
     self._metrics: dict[int, dict[str, float]] = {}
-    self._together = JointSave(os.fspath(directory))
+    self._together = JointSave()
     self._manager = orbax_io.open_folder(
       directory,
       create=True,

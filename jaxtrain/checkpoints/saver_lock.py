@@ -46,6 +46,7 @@ class SaverLock:
     self._path = pathlib.Path(self._directory) / _NAME
     self._beat_s, self._stale_s = beat_s, stale_s
     self._fd: int | None = None
+    self._thread: threading.Thread | None = None
     self._stop = threading.Event()
 
   def acquire(self) -> None:
@@ -73,15 +74,17 @@ class SaverLock:
       os.close(fd)
       raise
     self._fd = fd
-    threading.Thread(
+    self._thread = threading.Thread(
       target=self._beat, name='saver_lock', daemon=True, args=(fd,)
-    ).start()
+    )
+    self._thread.start()
 
   def release(self) -> None:
     """Gives the lock back, if it was taken."""
     if self._fd is None:
       return
     self._stop.set()
+    self._thread.join()  # It must not touch the next file of this number.
     if self._is_ours(self._fd):
       self._path.unlink()
     os.close(self._fd)
