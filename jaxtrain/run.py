@@ -181,6 +181,8 @@ class Run:
       self.state = TrainState(**found.state)
       self._forward_data(found.data_state)
       self.window = found.metadata.get(_LOOP, {}).get('window', [])
+      if 'eval_loss' in checkpoints.metrics(self.step):
+        self.evaluated_at = self.step
       for damage in found.damaged:
         self.shown.say(f'WARNING: {damage}')
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
@@ -298,7 +300,8 @@ class Run:
       for name in self.window[0]
     }
     self.window = []
-    self._note(step, means | self.meter.recent())
+    rates = self.meter.recent() if self.meter else {}  # Of no step yet.
+    self._note(step, means | rates)
 
   def _note(self, step, values):
     if not self.history or self.history[-1]['step'] != step:

@@ -179,6 +179,15 @@ def test_metrics_of_a_killed_and_resumed_run(
   _assert_same_state(resumed, straight)
 
 
+@pytest.mark.parametrize('stopped_at', [None, 10])
+def test_metrics_of_a_finished_run_called_again(tmp_path, uneven, stopped_at):
+  """Its last row stays, and is made if a signal came at the last step."""
+  dataset = None if stopped_at is None else _Signalling(stopped_at)
+  _train(dataset=dataset, workdir=tmp_path, **_UNEVEN)
+  _train(workdir=tmp_path, **_UNEVEN)
+  assert _measured(tmp_path) == _measured(uneven[1])
+
+
 class _Signalling(_Batches):
   """Batches whose reader is told to stop when it asks for one of them."""
 
