@@ -308,7 +308,10 @@ def main(argv):
     }
     results['full disk'] = full_disks(_FULL.value, rng, bar)
     for count, trials in counts.items():
-      results['kills'][f'{count} processes'] = kills(count, trials, rng, bar)
+      found = kills(count, trials, rng, bar)
+      results['kills'][f'{count} processes'] = found
+      if bar.disable:  # A log instead of a terminal.
+        print(f'{count} processes: {found}', file=sys.stderr)
   results['seconds'] = round(time.monotonic() - begin)
   failures = _failures(results)
   results['num_failures'] = len(failures)

@@ -404,6 +404,9 @@ class CheckpointManager:
   def _set_aside(self, damaged):
     if not damaged:
       return
+    self.claim()  # What another run saves into is not ours to change.
+    for step in damaged:
+      self._metrics.pop(step, None)
     if jax.process_index() == 0:
       for step in damaged:
         path = orbax_io.set_aside(self._manager, step)

@@ -5,7 +5,8 @@ Two would replace and delete each other's checkpoints. The run that saves holds
 file (flock) decides: it ends with its process, however that ends. Between
 machines, whose file systems may not share such locks, the owner touches the
 file every few seconds, and another run takes over once it has watched it
-untouched for long enough; no clocks are compared. Reading needs no lock.
+untouched for long enough; no clocks are compared. Reading needs no lock. A
+process that the owner has forked, and that outlives it, keeps the lock.
 
 Buckets have neither locks nor times that can be touched: there nothing is
 checked.
