@@ -38,6 +38,7 @@ setuptools.setup(
     'tensorstore>=0.1.84',
     'tokenizers>=0.21',
     'tqdm>=4.66',
+    'xxhash>=3.5',
   ],
   extras_require={
     'constraints': ['llguidance>=1.0'],

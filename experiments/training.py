@@ -26,7 +26,10 @@ from jaxtrain.sharding import named_sharding
 OPTIONS = (
   'accumulation',
   'eval_every',
+  'failed_save',
   'keep',
+  'keep_best',
+  'keep_every',
   'log_every',
   'max_grad_norm',
   'mean_square',

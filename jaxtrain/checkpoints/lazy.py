@@ -5,9 +5,6 @@ state is copied to the host between two updates (`staging.py`), and a thread
 gives the copies to orbax, group by group. What is on disk is what orbax writes
 otherwise, without compression, which costs more time than it saves on a disk.
 
-A state may be given before it is computed, and then its step may turn out not
-to be finite: such a state is not written.
-
 Several processes: orbax's barriers must not be programs of the devices, which
 the thread would start in another order on every process; see
 `orbax_io.open_folder`.
@@ -29,6 +26,7 @@ from jaxtrain.checkpoints.staging import Staging
 from jaxtrain.sharding.partition import path_name
 
 _log = logging.getLogger(__name__)
+SAVING = ('async', 'lazy')
 
 
 class LazyWriter:
@@ -56,8 +54,8 @@ class LazyWriter:
     self._flushes: list[threading.Thread] = []  # One at work, one waiting.
     self._error: BaseException | None = None
 
-  def handler(self) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's writer of trees, for the trees that `save` passes to `write`."""
+  def options(self) -> dict[str, Any]:
+    """Of orbax's handler of the trees that `save` passes to `write`."""
     registry = ocp.type_handlers.create_type_handler_registry(
       (_Leaf, _StagedArrays(self.staging)),
       *(
@@ -65,16 +63,13 @@ class LazyWriter:
         for kind in ocp.type_handlers.supported_types()
       ),
     )
-    return ocp.PyTreeCheckpointHandler(
-      use_compression=False, type_handler_registry=registry
-    )
+    return dict(use_compression=False, type_handler_registry=registry)
 
   def save(
     self,
     state: Any,
     write: Callable[[Any], None],
     *,
-    valid: jax.Array | None = None,
     given_up: Callable[[], None] = lambda: None,
   ) -> None:
     """Begins to copy, and lets a thread write what is copied.
@@ -86,7 +81,6 @@ class LazyWriter:
       state: Pytree of arrays, without random keys.
       write: Writes a tree of the structure of `state` with `handler`; run on
         the thread.
-      valid: Scalar on the devices, 0 if `state` is not to be written.
       given_up: Called on the thread if nothing was written.
 
     Raises:
@@ -114,7 +108,7 @@ class LazyWriter:
     previous = self._flushes[-1:]
     thread = threading.Thread(
       target=self._flush,
-      args=(previous, groups, tree, write, valid, given_up),
+      args=(previous, groups, tree, write, given_up),
       name='lazy_save',
     )
     self._flushes.append(thread)
@@ -149,14 +143,11 @@ class LazyWriter:
     self._flushes = [t for t in self._flushes if t.is_alive()]
     return self._flushes
 
-  def _flush(self, previous, groups, tree, write, valid, given_up):
+  def _flush(self, previous, groups, tree, write, given_up):
     for thread in previous:
       thread.join()
     try:
-      if valid is None or np.asarray(valid):
-        write(tree)
-      else:
-        given_up()
+      write(tree)
     except BaseException as e:  # Of a thread: nobody else would see it.
       given_up()
       # The first is the cause; those after it may follow from it.
@@ -212,3 +203,19 @@ class _StagedArrays(ocp.type_handlers.TypeHandler):
 def _kept(leaf):
   # NumPy arrays may be changed by their owner meanwhile.
   return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def check_saving(saving: str, staging_gib: float | None) -> None:
+  """Checks how to save.
+
+  Raises:
+    ValueError: See `manager.CheckpointManager`.
+  """
+  if saving not in SAVING:
+    raise ValueError(
+      f'saving={saving!r} is not known; allowed: {", ".join(SAVING)}'
+    )
+  if staging_gib is not None and saving != 'lazy':
+    raise ValueError(
+      f"staging_gib={staging_gib} is of saving='lazy', not of {saving!r}"
+    )

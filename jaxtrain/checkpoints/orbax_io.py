@@ -6,39 +6,66 @@ arrays, in shards), `meta` (model config and free metadata, JSON) and `data`
 renamed when whole, so a process may be killed at any time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import os
+import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints import abstract
+from jaxtrain.checkpoints import agreement
 from jaxtrain.checkpoints import file_list
+from jaxtrain.checkpoints import removal
+from jaxtrain.checkpoints.checked_handler import CheckedHandler
+from jaxtrain.checkpoints.joint_save import JointSave
 
 _UNFINISHED = '.orbax-checkpoint-tmp'
 _NAMES = ocp.path.step.standard_name_format(step_format_fixed_length=8)
+# Errors that say nothing of the files; the last is out of device memory.
+_PASSING = (
+  'PermissionError',
+  'TimeoutError',
+  'ConnectionError',
+  'MemoryError',
+  'RESOURCE_EXHAUSTED',
+)
+
+
+class DamagedError(ValueError):
+  """A checkpoint's files are not what was written.
+
+  Attributes:
+    damage: What is wrong, without what to do.
+  """
+
+  def __init__(self, damage: str, advice: str = ''):
+    super().__init__(f'{damage}; {advice}' if advice else damage)
+    self.damage = damage
 
 
 def open_folder(
   directory: str | os.PathLike,
   *,
   create: bool,
-  keep: int | None = None,
+  policy: Any = None,
   on_written: Callable[[], None] | None = None,
-  state_handler: ocp.PyTreeCheckpointHandler | None = None,
+  together: JointSave | None = None,
+  in_background: Mapping[str, Any] | None = None,
 ) -> ocp.CheckpointManager:
   """Opens the folder that holds the checkpoints of a run.
 
   Args:
     directory: The folder.
     create: Whether to make it if it is not there.
-    keep: How many of the newest to keep; `None` keeps all.
+    policy: What to keep, of orbax's `PreservationPolicy`; `None` keeps all.
     on_written: Called when a checkpoint is written, before its final name.
-    state_handler: What writes `state`, on another thread than the one that
-      starts programs; `None` is orbax's own.
+    together: How the processes learn of each other's failures.
+    in_background: Options of orbax's handler of `state`, if it is saved from
+      another thread than the one that starts programs.
 
   Returns:
     Orbax's manager.
@@ -54,13 +81,16 @@ def open_folder(
     ),
   )
   registry = ocp.DefaultCheckpointHandlerRegistry()
-  registry.add('state', ocp.args.PyTreeSave, state_handler)
-  registry.add('state', ocp.args.PyTreeRestore)
+  arrays = CheckedHandler(
+    together.fail if together else lambda error: None, **(in_background or {})
+  )
+  registry.add('state', ocp.args.PyTreeSave, arrays)
+  registry.add('state', ocp.args.PyTreeRestore, arrays)
   registry.add('meta', ocp.args.JsonSave)
   registry.add('meta', ocp.args.JsonRestore)
   registry.add('data', ocp.args.JsonSave, per_process)
   multiprocessing = ocp.options.MultiprocessingOptions()
-  if state_handler is not None and jax.process_count() > 1:
+  if in_background is not None and jax.process_count() > 1:
     # With the processes named, barriers go through the coordination service;
     # otherwise they are programs of the devices. Orbax then makes no folder, so
     # another manager does, on this thread.
@@ -74,16 +104,23 @@ def open_folder(
     create=create,
     multiprocessing_options=multiprocessing,
     save_root_metadata=False,
-    preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+    preservation_policy=policy or ocp.checkpoint_managers.LatestN(),
     async_options=ocp.AsyncOptions(
       post_finalization_callback=on_written,
+      barrier_sync_fn=together.barrier if together else None,
       # Otherwise a folder that cannot be made is an error after five minutes.
-      create_directories_asynchronously=state_handler is None,
+      create_directories_asynchronously=in_background is None,
     ),
   )
-  return ocp.CheckpointManager(
+  manager = ocp.CheckpointManager(
     directory, options=options, handler_registry=registry
   )
+  # Orbax has no option for it; a version without it must not go unnoticed.
+  assert hasattr(manager, '_checkpoint_deleter')
+  manager._checkpoint_deleter = removal.Deleter(
+    manager.directory, _NAMES.build_name
+  )
+  return manager
 
 
 def unfinished(
@@ -92,6 +129,21 @@ def unfinished(
   """Folders of checkpoints being written, or that were when a run died."""
   name = '*' if step is None else _NAMES.build_name(step)
   return list(manager.directory.glob(f'{name}{_UNFINISHED}*'))
+
+
+def leftovers(manager: ocp.CheckpointManager) -> list[Any]:
+  """Folders that are no checkpoints: never finished, or half deleted."""
+  deleted = [
+    path
+    for path in manager.directory.iterdir()
+    if removal.is_leftover(path.name)
+  ]
+  return unfinished(manager) + deleted
+
+
+def set_aside(manager: ocp.CheckpointManager, step: int) -> pathlib.Path:
+  """Renames a damaged checkpoint, so that it counts no more; the new name."""
+  return removal.set_aside(_folder(manager, step))
 
 
 def pick(manager: ocp.CheckpointManager, step: int | None) -> int:
@@ -163,6 +215,20 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return dict(manager.restore(step, args=args)['meta'])
 
 
+def read_metrics(manager: ocp.CheckpointManager, step: int) -> dict[str, float]:
+  """The metrics saved with a step; none if they are unreadable.
+
+  What to keep depends on them, and that must not fail for a damaged file.
+  """
+  meta = pathlib.Path(_folder(manager, step)) / 'meta' / 'metadata'
+  try:
+    return {
+      k: float(v) for k, v in json.loads(meta.read_text())['metrics'].items()
+    }
+  except (AttributeError, KeyError, OSError, TypeError, ValueError):
+    return {}
+
+
 def read_data_state(manager: ocp.CheckpointManager, step: int) -> Any:
   """The data state of this process at a step.
 
@@ -173,9 +239,7 @@ def read_data_state(manager: ocp.CheckpointManager, step: int) -> Any:
   with _reading(manager, step):
     folder = _folder(manager, step) / 'data'
     own = folder / _data_file(jax.process_index(), jax.process_count())
-    if own.exists():
-      return json.loads(own.read_text())
-    files = sorted(folder.glob('process_*'))
+    files = [own] if own.exists() else sorted(folder.glob('process_*'))
     states = [json.loads(p.read_text()) for p in files]
     if not states:
       raise ValueError('no data state')
@@ -188,21 +252,85 @@ def read_data_state(manager: ocp.CheckpointManager, step: int) -> Any:
   return states[0]
 
 
+def check_files(
+  manager: ocp.CheckpointManager,
+  step: int,
+  verify: bool = True,
+  arrays: Callable[[str], bool] = lambda name: True,
+  progress: Callable[[int], object] = lambda num_bytes: None,
+) -> int:
+  """Compares the files of a step to what was written. Call everywhere.
+
+  Args:
+    manager: Of the folder.
+    step: Which.
+    verify: Whether to read contents, too, and compare checksums.
+    arrays: Which arrays matter, by name.
+    progress: Called with numbers of bytes read.
+
+  Returns:
+    Number of bytes whose checksums this process compared.
+
+  Raises:
+    DamagedError: Names files and arrays. All processes raise the same.
+  """
+  folder = pathlib.Path(_folder(manager, step))
+  pieces = []
+  with _reading(manager, step):
+    listed = file_list.read(folder)
+    if listed is None and _must_have_list(manager, step):
+      raise ValueError(f'{file_list.NAME} is missing')
+    if listed is not None:
+      file_list.check_sizes(folder, listed)
+      if verify:
+        pieces = _to_verify(listed.pieces, arrays)
+      faults = file_list.damage(folder, pieces, listed.grids, progress)
+      if faults:
+        raise ValueError(file_list.join(faults))
+  return sum(p.span.size for p in pieces)
+
+
+def listed_bytes(manager: ocp.CheckpointManager, step: int) -> int | None:
+  """Bytes of the listed files of a step, `None` without a readable list."""
+  try:
+    listed = file_list.read(pathlib.Path(_folder(manager, step)))
+  except ValueError:
+    return None
+  return None if listed is None else sum(listed.sizes.values())
+
+
+def _to_verify(pieces, arrays):
+  """What this process reads of the pieces that matter."""
+  matter = [p for p in pieces if p.span.array is None or arrays(p.span.array)]
+  return file_list.share(matter, jax.process_index(), jax.process_count())
+
+
+def _must_have_list(manager, step):
+  """Whether a checkpoint without a list of its files had one once."""
+  meta = pathlib.Path(_folder(manager, step)) / 'meta' / 'metadata'
+  return meta.exists() and bool(json.loads(meta.read_text()).get('listed'))
+
+
 @contextlib.contextmanager
 def _reading(manager, step) -> Iterator[None]:
-  """Errors of the files, which are many, become one that says what to do."""
+  """Errors of the files, which are many, become one that says what to do.
+
+  If one process has one, all raise it.
+  """
+  error = None
   try:
-    file_list.check(_folder(manager, step))
     yield
   except Exception as e:
-    if 'RESOURCE_EXHAUSTED' in str(e):  # Out of device memory.
-      raise
-    reason = str(e).strip().partition('\n')[0][:300]
-    kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
-    raise ValueError(
-      f'{_where(manager, step)} is damaged ({kind}{reason}); '
-      f'{_instead(sorted(manager.all_steps()), step)}'
-    ) from e
+    error = e
+  reason = agreement.first_error('reading', error)
+  if reason is None:
+    return
+  if any(name in reason for name in _PASSING):
+    raise error or RuntimeError(f'{_where(manager, step)}: {reason}')
+  raise DamagedError(
+    f'{_where(manager, step)} is damaged ({reason})',
+    _instead(sorted(manager.all_steps()), step),
+  ) from error
 
 
 def _only(**items):

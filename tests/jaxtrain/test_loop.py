@@ -14,7 +14,10 @@ from jaxtrain import loop
 from jaxtrain import metrics as metrics_lib
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints import disk_space
+from jaxtrain.checkpoints import file_list
 from jaxtrain.checkpoints.manager import CheckpointManager
+from jaxtrain.checkpoints.manager import NoSpaceError
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import PRESETS
@@ -117,6 +120,178 @@ def test_resumed_run_is_bit_exact(spec, tmp_path):
   rows = metrics_lib.read(tmp_path)
   assert [r['step'] for r in rows] == list(range(1, 11))
   assert [r['loss'] for r in rows] == _losses(straight)
+
+
+class _Killed(BaseException):
+  """Stands for the end of the process: nothing of the loop catches it."""
+
+
+class _Dying(_Batches):
+  """Batches whose reader dies when it asks for one of them."""
+
+  def __init__(self, at):
+    super().__init__()
+    self.at = at
+
+  def __iter__(self):
+    return _DyingIterator(self)
+
+
+class _DyingIterator(_Iterator):
+  def __next__(self):
+    if self._index == self._batches.at:
+      raise _Killed
+    return super().__next__()
+
+
+def _measured(folder):
+  """Rows of metrics.csv without what the clock says."""
+  rows = metrics_lib.read(folder)
+  clock = ('tokens_per_s', 'mfu')
+  return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+# Rows of means over 3 steps, checkpoints every 2: they do not coincide.
+_UNEVEN = dict(
+  steps=11,
+  log_every=3,
+  save_every=2,
+  eval_dataset=_Batches(seed=1, count=2),
+  eval_every=4,
+)
+
+
+@pytest.fixture(scope='module')
+def uneven(tmp_path_factory):
+  """A run with `_UNEVEN`, and its folder."""
+  folder = tmp_path_factory.mktemp('uneven')
+  return _train(workdir=folder, **_UNEVEN), folder
+
+
+@pytest.mark.parametrize('stopped_at, died_at', [(None, 5), (None, 8), (5, 10)])
+def test_metrics_of_a_killed_and_resumed_run(
+  tmp_path, uneven, stopped_at, died_at
+):
+  straight, folder = uneven
+  if stopped_at is not None:
+    _train(dataset=_Signalling(stopped_at), workdir=tmp_path, **_UNEVEN)
+  with pytest.raises(_Killed):
+    _train(dataset=_Dying(died_at), workdir=tmp_path, **_UNEVEN)
+  resumed = _train(workdir=tmp_path, **_UNEVEN)
+  assert _measured(tmp_path) == _measured(folder)
+  assert [row['step'] for row in _measured(tmp_path)] == [3, 4, 6, 8, 9, 11]
+  _assert_same_state(resumed, straight)
+
+
+@pytest.mark.parametrize('stopped_at', [None, 10])
+def test_metrics_of_a_finished_run_called_again(tmp_path, uneven, stopped_at):
+  """Its last row stays, and is made if a signal came at the last step."""
+  dataset = None if stopped_at is None else _Signalling(stopped_at)
+  _train(dataset=dataset, workdir=tmp_path, **_UNEVEN)
+  _train(workdir=tmp_path, **_UNEVEN)
+  assert _measured(tmp_path) == _measured(uneven[1])
+
+
+class _Signalling(_Batches):
+  """Batches whose reader is told to stop when it asks for one of them."""
+
+  def __init__(self, at):
+    super().__init__()
+    self.at = at
+
+  def __iter__(self):
+    return _SignallingIterator(self)
+
+
+class _SignallingIterator(_Iterator):
+  def __next__(self):
+    if self._index == self._batches.at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return super().__next__()
+
+
+def _damage(checkpoints, step):
+  """Flips a bit of an array of a checkpoint."""
+  folder = checkpoints / f'{step:08d}'
+  pieces = file_list.read(folder).pieces
+  span = next(p.span for p in pieces if p.span.array)
+  data = bytearray((folder / span.file).read_bytes())
+  data[span.start] ^= 1
+  (folder / span.file).write_bytes(data)
+  return span.array
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys):
+  _train(workdir=tmp_path, steps=9, save_every=3)
+  name = _damage(tmp_path / 'checkpoints', 9)
+  resumed = _train(workdir=tmp_path, save_every=3, progress=True)
+  said = capsys.readouterr().err
+  assert 'WARNING: checkpoint step 9' in said and f'{name} [' in said
+  assert 'resumed from step 6' in said
+  _assert_same_state(resumed, _straight(''))
+  assert _losses(resumed) == _losses(_straight(''))[6:]
+  names = sorted(p.name for p in (tmp_path / 'checkpoints').iterdir())
+  assert names == ['00000006', '00000009', '00000009.damaged', '00000010']
+
+
+def test_checkpoints_are_kept_by_metric_and_by_step(tmp_path):
+  result = _train(
+    workdir=tmp_path,
+    save_every=1,
+    keep=1,
+    keep_every=4,
+    keep_best=['eval_loss', 'min', 1],
+    eval_dataset=_Batches(seed=1, count=2),
+    eval_every=1,
+  )
+  evaluated = {r['step']: r['eval_loss'] for r in result.history}
+  best = min(evaluated, key=evaluated.get)
+  with CheckpointManager(tmp_path / 'checkpoints') as manager:
+    assert manager.all_steps() == sorted({4, 8, 10, best})
+    assert manager.metrics(best)['eval_loss'] == evaluated[best]
+    assert manager.metrics(10)['eval_loss'] == evaluated[10]
+
+
+def _full(*args):
+  return 'the disk is small'
+
+
+def test_a_save_without_room_ends_training_by_default(tmp_path, monkeypatch):
+  _train(workdir=tmp_path, steps=3)
+  monkeypatch.setattr(disk_space, 'shortage', _full)
+  with pytest.raises(NoSpaceError, match='step 6 .*latest .* is step 3'):
+    _train(workdir=tmp_path, save_every=3)
+
+
+def test_training_goes_on_without_room_if_told_so(
+  tmp_path, monkeypatch, capsys
+):
+  shortage = disk_space.shortage
+  tries = []
+
+  def full_at_first(*args):
+    tries.append(args)
+    return _full() if len(tries) < 3 else shortage(*args)
+
+  monkeypatch.setattr(disk_space, 'shortage', full_at_first)
+  result = _train(
+    workdir=tmp_path, save_every=3, failed_save='go_on', progress=True
+  )
+  assert result.step == 10
+  said = capsys.readouterr().err
+  assert said.count('WARNING: training goes on without a checkpoint') == 2
+  with CheckpointManager(tmp_path / 'checkpoints') as manager:
+    assert manager.all_steps() == [9, 10]
+  monkeypatch.setattr(disk_space, 'shortage', _full)
+  with pytest.raises(NoSpaceError):  # The last save must not be lost unsaid.
+    _train(workdir=tmp_path, steps=12, failed_save='go_on')
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+  with CheckpointManager(tmp_path / 'checkpoints') as other:
+    other.claim()
+    with pytest.raises(ValueError, match='two runs would delete'):
+      _train(workdir=tmp_path)
 
 
 def test_same_losses_on_one_device_and_on_the_mesh():
@@ -296,6 +471,7 @@ def test_batches_that_change_shape():
     (dict(saving='eager'), "saving='eager' .*async, lazy"),
     (dict(staging_gib=1), "staging_gib=1 is of saving='lazy'"),
     (dict(spec='data=3'), 'does not divide'),
+    (dict(failed_save='ignore'), "failed_save='ignore' must be one of raise"),
   ],
 )
 def test_wrong_arguments(options, message):

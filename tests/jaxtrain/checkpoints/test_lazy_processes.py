@@ -58,8 +58,6 @@ with CheckpointManager(
     found = gradients(now)
     manager.wait_copied()
     now = update(now, found)
-  # Nothing of a step that is not finite, on either process.
-  assert manager.save(8, now, valid=place(mesh, np.float32(0)))
   manager.wait()
   assert manager.all_steps() == list(range(8)), manager.all_steps()
   other = make_mesh('fsdp=8')

@@ -297,7 +297,7 @@ def _damage(path, how):
     ('deleted', True),
     ('halved', True),
     ('emptied', True),
-    # As in a checkpoint without a list of its files.
+    # As in an old checkpoint, without a list of its files.
     ('deleted', False),
     ('halved', False),
   ],
@@ -310,13 +310,13 @@ def test_damage_is_named_or_harmless(tmp_path, how, listed):
   with CheckpointManager(whole) as manager:
     for step in (1, 2, 3):
       manager.save(step, saved_state, data_state='d', metadata={'m': step})
+  if not listed:
+    (whole / '00000003' / 'files.json').unlink()
+    meta = whole / '00000003' / 'meta' / 'metadata'
+    meta.write_text(meta.read_text().replace('"listed"', '"not_listed"'))
   num_refused = 0
   for name in _files_of(whole / '00000003'):
-    if not listed and name.name == 'files.json':
-      continue
     shutil.copytree(whole, broken)
-    if not listed:
-      (broken / '00000003' / 'files.json').unlink()
     _damage(broken / '00000003' / name, how)
     with CheckpointManager(broken) as manager:
       try:
