@@ -96,7 +96,10 @@ def _convert(source, target, rules, mesh='', config=_CONFIG):
     wanted = convert.target_of(
       checkpoint, plan, make_mesh(mesh), _RULES, config
     )
-    convert.write(checkpoint, plan, wanted, target, config)
+    data_state = checkpoint.read_data_state()
+    convert.write(
+      checkpoint, plan, wanted, target, config, data_state=data_state
+    )
   return plan
 
 
