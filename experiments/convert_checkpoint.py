@@ -172,6 +172,7 @@ def run(
         wanted,
         target,
         architecture,
+        data_state=None if params_only else checkpoint.read_data_state(),
         new=new,
         on_read=progress.update,
       )

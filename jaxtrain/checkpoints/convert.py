@@ -152,13 +152,14 @@ def write(
   directory: str | os.PathLike,
   config: ModelConfig | None,
   *,
+  data_state: Any = None,
   new: Any = None,
   on_read: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
   """Reads what a plan says and saves it, a checkpoint like any other.
 
-  The result is held on the devices of `target` as a whole. The position in the
-  data and the metadata are those of the checkpoint.
+  The result is held on the devices of `target` as a whole. The metadata are
+  those of the checkpoint.
 
   Args:
     checkpoint: That of the plan.
@@ -166,6 +167,7 @@ def write(
     target: Where the result lies meanwhile.
     directory: A folder that is not there, or empty.
     config: Architecture of the result.
+    data_state: Of the result, mostly `checkpoint.read_data_state()`.
     new: See `remap.read`.
     on_read: See `remap.read`.
 
@@ -178,7 +180,7 @@ def write(
     manager.save(
       checkpoint.step,
       state,
-      data_state=checkpoint.data_state,
+      data_state=data_state,
       config=config,
       metadata=checkpoint.metadata,
       force=True,

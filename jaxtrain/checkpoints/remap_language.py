@@ -23,18 +23,19 @@ class Init:
 class Optimizer:
   """Another optimizer: moments of the same name are carried, the rest is new.
 
-  Which moments mean the same, names say, which is true of AdamW, LAMB and Lion:
-  'mu' is a mean of gradients, 'nu' one of their squares. Others are up to you:
-  the 'trace' of `optax.trace` is a sum, (1 - b1) times smaller as a mean:
-  {'carry': {'trace': ['mu', 10.0]}} for b1 = 0.9.
+  Names say which moments mean the same, as is true of AdamW, LAMB and Lion:
+  'mu' is a mean of gradients, 'nu' one of their squares. Where it is not true,
+  say so: the 'trace' of `optax.trace` is a sum, as a mean (1 - b1) times
+  smaller, thus {'carry': {'trace': ['mu', 10.0]}} for b1 = 0.9; and what has
+  the same name and another meaning is made new by {'carry': {'nu': null}}.
 
   Attributes:
-    carry: From moments of the target to those of the checkpoint, or to these
-      and a factor.
+    carry: From moments of the target to those of the checkpoint and a factor;
+      `None` for a new one. Others come from those of the same name.
   """
 
-  carry: Mapping[str, tuple[str, float]] = dataclasses.field(
-    default_factory=lambda: {'mu': ('mu', 1.0), 'nu': ('nu', 1.0)}
+  carry: Mapping[str, tuple[str, float] | None] = dataclasses.field(
+    default_factory=dict
   )
 
 
@@ -133,8 +134,14 @@ def _carry(value):
     raise ValueError(f'carry={value!r} is not an object')
   pairs = {}
   for new, old in value.items():
-    name, factor = (old, 1.0) if isinstance(old, str) else old
-    pairs[new] = (str(name), float(factor))
+    pair = [old, 1.0] if isinstance(old, str) else old
+    is_pair = isinstance(pair, list | tuple) and [type(x) for x in pair] in (
+      [str, int],
+      [str, float],
+    )
+    if pair is not None and not is_pair:
+      raise ValueError(f'carry of {new!r} is no name, nor name and factor')
+    pairs[new] = pair and (pair[0], float(pair[1]))
   return pairs
 
 

@@ -17,9 +17,10 @@ def carry(
 ) -> tuple[dict[str, Leaf | None], list[str]]:
   """Which leaf of the checkpoint each leaf of the new optimizer comes from.
 
-  A moment comes from that of the same name, of the same parameter. A number of
-  updates comes from beside the moments that were carried; where it stands
-  alone (a schedule's), from one that stands alone, or from any.
+  A moment comes from that of the same name, or as the rule says, of the same
+  parameter. A number of updates comes from beside the moments that were
+  carried; where it stands alone (a schedule's), from one that stands alone, or
+  from any.
 
   Args:
     rule: Which moments are carried.
@@ -37,7 +38,7 @@ def carry(
     by_meaning.setdefault(meaning, []).append(name)
   made, faults, origin = {}, [], {}
   for name, (role, param) in new.items():
-    source, factor = rule.carry.get(role, ('', 1.0))
+    source, factor = rule.carry.get(role, (role, 1.0)) or ('', 1.0)
     found = by_meaning.get((source, param), [])
     found = [name] if name in found else found
     if len(found) > 1:

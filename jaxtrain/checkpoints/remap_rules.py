@@ -21,6 +21,7 @@ Each rule is a small class below. `apply` takes the leaves of the parameters, or
 of one of their mirrors, and yields what changes; nothing is read.
 """
 
+import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
@@ -73,7 +74,7 @@ class Misfit(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneByOne:
+class OneByOne(abc.ABC):
   """A rule for leaves that each become one leaf of the same name."""
 
   source: str
@@ -90,11 +91,11 @@ class OneByOne:
       made = {name: leaf.then(view, how)}
       yield Change((name,), made, undo=undo and _undo_at(name, undo))
 
+  @abc.abstractmethod
   def change(
     self, view: views.View
   ) -> tuple[views.View, str, dict[str, Any] | None]:
     """What it becomes, what that is in words, and the rule that undoes it."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ zarr array in an OCDBT store, which TensorStore reads by rectangle. The least
 that it reads is a chunk: a shard of the mesh that saved the leaf.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import os
@@ -35,7 +35,8 @@ class Checkpoint:
     tree: Its containers, with something in place of each leaf.
     config: Architecture, if it was saved with one.
     metadata: As `CheckpointManager.save` was given them.
-    data_state: Of this process.
+    read_data_state: Reads that of this process, while the checkpoint is open;
+      raises ValueError where it is another's.
   """
 
   where: str
@@ -44,7 +45,7 @@ class Checkpoint:
   tree: Any
   config: ModelConfig | None
   metadata: dict[str, Any]
-  data_state: Any
+  read_data_state: Callable[[], Any]
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def open_checkpoint(
       tree=tree,
       config=None if config is None else config_json.from_json(config),
       metadata=meta['metadata'],
-      data_state=orbax_io.read_data_state(manager, step),
+      read_data_state=lambda: orbax_io.read_data_state(manager, step),
     )
 
 

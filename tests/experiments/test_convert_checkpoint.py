@@ -1,6 +1,7 @@
 """The binary plans, writes what training and serving read, spares the rest."""
 
 import json
+import shutil
 
 from absl.testing import flagsaver
 import jax
@@ -79,6 +80,22 @@ def test_parameters_alone_in_another_dtype_are_served(tmp_path, saved):
   assert config.vocab_size == 264
   as_half = lambda x: np.asarray(x).astype(jnp.bfloat16)
   _assert_equal(params, jax.tree.map(as_half, state['params']))
+
+
+def test_parameters_do_not_need_the_data_states_to_agree(tmp_path, saved):
+  copy = tmp_path / 'copy'
+  shutil.copytree(saved[0], copy)
+  folder = copy / '00000006' / 'data'
+  (folder / 'process_0-of-1.json').unlink()
+  (copy / '00000006' / 'files.json').unlink()
+  for i in range(2):
+    (folder / f'process_{i}-of-2.json').write_text(f'{{"at": {i}}}')
+  with pytest.raises(
+    ValueError, match='data states of 2 processes, which diff'
+  ):
+    convert_checkpoint.run(copy, tmp_path / 'x')
+  assert not (tmp_path / 'x').exists()
+  convert_checkpoint.run(copy, tmp_path / 'x', params_only=True)
 
 
 def test_another_optimizer_and_vocabulary(tmp_path, saved):

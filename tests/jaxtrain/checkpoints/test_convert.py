@@ -96,7 +96,10 @@ def _convert(source, target, rules, mesh='', config=_CONFIG):
     wanted = convert.target_of(
       checkpoint, plan, make_mesh(mesh), _RULES, config
     )
-    convert.write(checkpoint, plan, wanted, target, config)
+    data_state = checkpoint.read_data_state()
+    convert.write(
+      checkpoint, plan, wanted, target, config, data_state=data_state
+    )
   return plan
 
 
@@ -237,7 +240,7 @@ def test_a_foreign_model_with_fused_qkv_gives_the_same_logits(
 def _logits(config, params):
   tokens = jnp.arange(12).reshape(1, 12)
   params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
-  return Transformer(config).apply({'params': params}, tokens)[0]
+  return jax.jit(Transformer(config).apply)({'params': params}, tokens)[0]
 
 
 def test_training_starts_from_another_tree(tmp_path, saved_state):
@@ -318,6 +321,10 @@ def test_what_is_carried_and_what_is_new_is_said(saved, saved_state):
   sgd = optax.sgd(1e-3, momentum=0.9)
   rows = _optimizer_plan(saved, sgd, {'rule': 'optimizer'}).rows
   assert {r.how for r in rows if r.target.startswith('opt')} == {('new',)}
+  rule = {'rule': 'optimizer', 'carry': {'mu': None}}
+  plan = _optimizer_plan(saved, _adamw(), rule)
+  new = [row.target for row in plan.rows if row.how == ('new',)]
+  assert new and all('/mu/' in name for name in new)
   rule = {'rule': 'optimizer', 'carry': {'trace': ['mu', 10.0]}}
   state = convert.restore(saved, [rule], _abstract(sgd, ''))
   jax.tree.map(

@@ -59,7 +59,7 @@ with stored.open_checkpoint(source) as checkpoint:
     'step': shape((), whole, jnp.int32),
   }
   convert.write(checkpoint, plan, target_tree, target, None,
-                on_read=read.append)
+                data_state=checkpoint.read_data_state(), on_read=read.append)
 # A process reads the shards of its own four devices, half of each layer.
 assert sum(read) == 4 * (16 * 8 * 2 // 2) + 4, read
 print('done')

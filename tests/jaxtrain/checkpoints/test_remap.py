@@ -263,6 +263,7 @@ def test_every_fault_is_named_at_once_and_nothing_is_read():
     ({'rule': 'stack', 'from': 'a', 'to': 'b'}, "'from' lacks {i}"),
     ({'rule': 'unstack', 'from': 'a', 'to': 'b'}, "'to' lacks {i}"),
     ({'rule': 'pad', 'from': 'a', 'dim': 0}, 'one of'),
+    ({'rule': 'optimizer', 'carry': {'mu': 3}}, "carry of 'mu' is no name"),
     ({'rule': 'pad', 'from': 'a', 'dim': 'x', 'size': 2}, "dim='x' is not"),
     ({'rule': 'cast', 'from': 'a', 'dtype': 'int8'}, 'not a dtype of floats'),
     (
