@@ -26,9 +26,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-# Elements of a block: with five arrays, 5 MB of float32.
-_BLOCK = 2**18
-_PARTS = 8
+# Elements of a block, at least: 128 KiB of float32 an array. Smaller ones cost
+# more turns of the loop, and larger ones leave the second-level cache.
+_BLOCK = 2**15
+# More parts are more streams at distances of a power of two, which evict each
+# other; fewer make accumulators that XLA gives to several threads.
+_PARTS = 4
+# Leaves of fewer elements fit in the cache as a whole.
+_SMALL = 2**20
 
 Arrays = Mapping[str, jax.Array]
 Terms = Callable[[Arrays], jax.Array]
@@ -46,7 +51,7 @@ def sweep(
   Args:
     stages: Groups of functions, by name in `kept`: each takes all arrays by
       name, or the same part of all, and returns the new one, elementwise. A
-      group sees what the groups before it returned, and not its own; four
+      group sees what the groups before it returned, and not its own; two
       groups at most.
     sums: Functions of the arrays after all stages: float32 terms, elementwise.
     kept: Arrays of one shape that are replaced; they keep their dtype.
@@ -56,9 +61,12 @@ def sweep(
   Returns:
     New arrays by the names of `kept`, and float32 sums with dimensions of
     size 1 by the names of `sums`.
+
+  Raises:
+    ValueError: More than two groups of stages.
   """
-  if 2 ** len(stages) > _PARTS * 2:
-    raise ValueError(f'{len(stages)} groups of stages, four are allowed')
+  if 2 ** len(stages) > _PARTS:
+    raise ValueError(f'{len(stages)} groups of stages, two are allowed')
   plain = lambda kept, given: _plain(stages, sums, kept, given, first)
   rows = _rows({**kept, **given}, first)
   if rows is None:
@@ -92,7 +100,7 @@ def _rows(arrays, first):
   """Of dimension `first` in a block, or `None` where the leaf is one block."""
   shape = next(iter(arrays.values())).shape
   size = math.prod(shape)
-  if size < 4 * _BLOCK or len(shape) < first + 2:
+  if size < _SMALL or len(shape) < first + 2:
     return None
   num = shape[first]
   fits = [
