@@ -109,3 +109,13 @@ def test_three_groups_are_refused():
   kept, given = _arrays((4, 4))
   with pytest.raises(ValueError, match='3 groups of stages, two are allowed'):
     _sweep.sweep([{}] * 3, {}, kept, given, 0)
+
+
+@pytest.mark.parametrize(
+  ['platform', 'num_loops'], [('cpu', 1), ('tpu', 0), ('cuda', 0)]
+)
+def test_only_cpus_have_a_loop(tiny_blocks, platform, num_loops):
+  sweep = jax.jit(lambda k, g: _sweep.sweep(_STAGES, _SUMS, k, g, 0))
+  traced = sweep.trace(*_arrays((32, 6)))
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('stablehlo.while') == num_loops
