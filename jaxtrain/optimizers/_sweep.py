@@ -6,7 +6,7 @@ one fusion with several results.
 
 XLA for CPUs has none such: it writes the step to memory for its norm, a fresh
 buffer of the leaf's size whose pages the kernel has to find and clear in every
-step (more than half of LAMB's time), or computes it an element at a time. So
+step (about half of LAMB's time), or computes it an element at a time. So
 there a large leaf is taken block by block in a loop: what a block's moments are
 computed from is still in the cache when its norms are, and nothing of the
 leaf's size is written but the moments. Three things make XLA do so:
