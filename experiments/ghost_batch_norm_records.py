@@ -121,19 +121,31 @@ def share_closed(accuracy: dict) -> tuple[float, float, float]:
 
   Args:
     accuracy: What `by_arm` returns.
+  """
+  return share_of(*(accuracy[arm] for arm in ARMS))
+
+
+def share_of(
+  small: np.ndarray, large: np.ndarray, ours: np.ndarray
+) -> tuple[float, float, float]:
+  """Share of the gap between two arms that a third one closes, and its 90%.
+
+  Args:
+    small: Accuracies `[seeds]`, seed by seed the same for every arm.
+    large: Of the arm with the gap.
+    ours: Of what is to close it.
 
   Returns:
-    (ghost - large) / (small - large) of the means, and the 5th and 95th
+    (ours - large) / (small - large) of the means, and the 5th and 95th
     percentile of the same over seeds drawn anew with replacement (bootstrap);
     NaN where a gap is not positive.
   """
-  small, large, ghost = (accuracy[arm] for arm in ARMS)
   n = len(small)
   draws = np.random.default_rng(0).integers(0, n, (_NUM_RESAMPLES, n))
   shares = []
   for index in (np.arange(n)[None], draws):
     gap = (small - large)[index].mean(1)
-    closed = (ghost - large)[index].mean(1)
+    closed = (ours - large)[index].mean(1)
     shares.append(np.where(gap > 0, closed / np.where(gap > 0, gap, 1), np.nan))
   low, high = np.percentile(shares[1], (5, 95))
   return float(shares[0][0]), float(low), float(high)

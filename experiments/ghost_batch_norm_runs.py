@@ -4,7 +4,7 @@ The arms train the same network on the same images for the same epochs: a small
 batch and a large one with ordinary batch normalization, and the large one in
 virtual batches (Hoffer, Hubara and Soudry, https://arxiv.org/abs/1705.08741).
 Deviations from the paper's training: the learning rate falls by two steps, and
-gradients are neither clipped nor given noise.
+gradients are given no noise; they are clipped where an arm says so.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -159,33 +159,65 @@ def _work(key):
   return _run_here(*key)
 
 
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to train.
+
+  Attributes:
+    batch: Images of a step.
+    ghost_size: Of virtual batches; `None` is ordinary batch normalization.
+    rate_factor: Times the learning rate that is asked for.
+    epochs: Of the training images.
+    clip_norm: Largest norm of a gradient of all parameters.
+  """
+
+  batch: int
+  epochs: int
+  ghost_size: int | None = None
+  rate_factor: float = 1.0
+  clip_norm: float | None = None
+
+
 def make_run(setting: Setting) -> Callable[[str, float, int], dict]:
   """`run(arm, rate, seed)`: trains once, returns accuracies."""
+  train = make_training(setting)
+
+  def run(arm: str, rate: float, seed: int) -> dict:
+    how = Arm(
+      setting.batch(arm),
+      setting.epochs,
+      setting.ghost_size if arm == 'ghost' else None,
+      setting.learning_rate(arm, 1.0),
+    )
+    return train(how, rate, seed)
+
+  return run
+
+
+def make_training(setting: Setting) -> Callable[[Arm, float, int], dict]:
+  """`train(arm, rate, seed)`: trains once, returns accuracies."""
   train, valid, test = setting.parts()
   # What is initialized, and what inference computes, depends on no batch.
   model = _model(setting, None)
-  tx = optax.chain(
-    optax.add_decayed_weights(setting.weight_decay, base.decay_mask),
-    # The learning rate comes after momentum, as in the authors' framework.
-    optax.trace(setting.momentum),
-  )
   init = jax.jit(functools.partial(model.init, train=True))
-  ordinary = _make_step(model, tx)
-  step_of = dict.fromkeys(ARMS, ordinary)
-  step_of['ghost'] = _make_step(_model(setting, setting.ghost_size), tx)
 
-  def run(arm: str, rate: float, seed: int) -> dict:
+  @functools.cache
+  def made(ghost_size, clip_norm):
+    tx = _optimizer(setting, clip_norm)
+    return tx, _make_step(_model(setting, ghost_size), tx)
+
+  def run(arm: Arm, rate: float, seed: int) -> dict:
     start = time.perf_counter()
-    batch, step = setting.batch(arm), step_of[arm]
+    tx, step = made(arm.ghost_size, arm.clip_norm)
     rng = np.random.default_rng(seed)
     noisy = _with_noise(train.labels, setting.label_noise, rng)
     data = jnp.asarray(train.images), jnp.asarray(noisy)
     variables = nn.unbox(init(jax.random.key(seed), data[0][:1]))
     state = variables, tx.init(variables['params'])
-    total = setting.epochs * (len(train) // batch)
-    peak = setting.learning_rate(arm, rate)
-    for i in range(setting.epochs):
-      order = rng.permutation(len(train)).reshape(-1, batch)
+    total = arm.epochs * (len(train) // arm.batch)
+    peak = arm.rate_factor * rate
+    for i in range(arm.epochs):
+      order = rng.permutation(len(train)).reshape(-1, arm.batch)
       for j, index in enumerate(order):
         done = (i * len(order) + j) / total
         falls = (done >= 0.5) + (done >= 0.75)
@@ -200,6 +232,18 @@ def make_run(setting: Setting) -> Callable[[str, float, int], dict]:
     )
 
   return run
+
+
+def _optimizer(setting, clip_norm):
+  clip = optax.identity()
+  if clip_norm is not None:
+    clip = optax.clip_by_global_norm(clip_norm)
+  return optax.chain(
+    clip,
+    optax.add_decayed_weights(setting.weight_decay, base.decay_mask),
+    # The learning rate comes after momentum, as in the authors' framework.
+    optax.trace(setting.momentum),
+  )
 
 
 def _model(setting, ghost_size):

@@ -20,9 +20,9 @@ Deviations:
 * The moments are replicated: their shape is not the parameter's.
 * That signSGD's step is AdamW's (`free_scale` of 1) in pre-training is from
   memory of the paper, not looked up again.
-
-On a CPU of few cores LAPACK, which 'svd' calls, may wait for ever beside other
-work of the same program, as it did for Dion's QR.
+* On CPUs singular vectors are found by Jacobi's rotations (`_jacobi.py`), as
+  LAPACK may wait for ever beside other work of the same program; elsewhere by
+  `jnp.linalg.svd`.
 
 Embeddings and vectors are AdamW's, always.
 """
@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optimizers import _jacobi
 from jaxtrain.optimizers import _matrices
 from jaxtrain.optimizers import base
 
@@ -213,7 +214,11 @@ def svd(density: float, seed: int) -> Subspace:
 
   def renew(g, basis, number):
     del number
-    u, _, _ = jnp.linalg.svd(flat(g), full_matrices=False)
+    u = jax.lax.platform_dependent(
+      flat(g),
+      cpu=_jacobi.left_singular_vectors,
+      default=lambda g: jnp.linalg.svd(g, full_matrices=False)[0],
+    )
     return u[..., : basis.shape[-1]]
 
   def down(g, basis, number):

@@ -4,14 +4,18 @@ You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76
 minutes", ICLR 2020, https://arxiv.org/abs/1904.00962, algorithm 2.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optimizers import _matrices
+from jaxtrain.optimizers import _sweep
 from jaxtrain.optimizers import base
+from jaxtrain.optimizers._sweep import Terms
 
 
 def lamb(
@@ -46,25 +50,139 @@ def lamb(
     The optax transformation.
   """
   return optax.chain(
-    optax.scale_by_adam(b1, b2, eps),
-    optax.add_decayed_weights(weight_decay, mask),
-    scale_by_layer_norm_ratio(),
+    scale_by_lamb(b1, b2, eps, weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )
 
 
-def scale_by_layer_norm_ratio() -> optax.GradientTransformation:
-  """Rescales each layer's update to the norm of its parameters."""
+class Adapted(NamedTuple):
+  """A leaf's gradient as the moments are to see it.
 
-  def update_fn(updates, params):
-    return jax.tree_util.tree_map_with_path(_rescale, updates, params)
+  Attributes:
+    given: Arrays that it is made of, by name.
+    stage: By name in the state of a leaf: functions of these arrays and of the
+      leaf's state, that make it anew.
+    value: Function of the same, with the new state: the gradient.
+  """
 
-  return optax.stateless(update_fn)
+  given: dict[str, jax.Array]
+  stage: dict[str, Terms]
+  value: Terms
 
 
-def _rescale(path, update, param):
-  first = base.num_stacked_dims(path)
-  p_norm = base.norm_per_layer(param, first)
-  u_norm = base.norm_per_layer(update, first)
-  ratio = jnp.where((p_norm > 0) & (u_norm > 0), p_norm / u_norm, 1.0)
-  return (ratio * update.astype(jnp.float32)).astype(update.dtype)
+class LambState(NamedTuple):
+  """State of `scale_by_lamb`.
+
+  Attributes:
+    count: Updates made, int32.
+    mu: First moments.
+    nu: Second moments.
+    adapted: What the adaption of a gradient keeps: of each leaf by name.
+  """
+
+  count: jax.Array
+  mu: Any
+  nu: Any
+  adapted: Any
+
+
+def as_it_is(updates: Any, count: jax.Array, **extra: Any) -> Any:
+  """Gradients that are not adapted: a tree of `Adapted`."""
+  del count, extra
+  return jax.tree.map(
+    lambda g: Adapted(dict(grad=g), {}, lambda x: _f32(x['grad'])), updates
+  )
+
+
+def scale_by_lamb(
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-6,
+  weight_decay: float = 0.0,
+  mask: Callable[[Any], Any] | Any = None,
+  adapt: Callable[..., Any] = as_it_is,
+  keeps: Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+  """Adam's step with decay, rescaled to the norm of each layer's weights.
+
+  Args:
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Added to the denominator.
+    weight_decay: Times the weights, added to the step.
+    mask: What decays, as `lamb` has it.
+    adapt: Of gradients, the number of this step and what an update is given
+      besides: what the moments see, a tree of `Adapted`.
+    keeps: Names of what `adapt` keeps of each leaf, zeros at first.
+
+  Returns:
+    The optax transformation; all of it, since norms of a step are cheap where
+    the step is computed (`_sweep.py`).
+  """
+
+  def init(params):
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    adapted = jax.tree.map(
+      lambda p: {name: jnp.zeros_like(p) for name in keeps}, params
+    )
+    return LambState(jnp.zeros((), jnp.int32), zeros(), zeros(), adapted)
+
+  def update(updates, state, params=None, **extra):
+    count = optax.safe_increment(state.count)
+    hat = [1.0 / (1.0 - b**count) for b in (b1, b2)]
+    moments = dict(
+      mu=lambda x, g: b1 * _f32(x['mu']) + (1 - b1) * g(x),
+      nu=lambda x, g: b2 * _f32(x['nu']) + (1 - b2) * jnp.square(g(x)),
+    )
+
+    def step(decays, x):
+      root = jnp.sqrt(hat[1] * _f32(x['nu'])) + eps
+      decay = weight_decay if decays else 0.0
+      return hat[0] * _f32(x['mu']) / root + decay * _f32(x['param'])
+
+    def one(path, grad, param, decays, how, mu, nu, adapted):
+      first = base.num_stacked_dims(path)
+      gradient = {
+        name: functools.partial(f, g=how.value) for name, f in moments.items()
+      }
+      kept, square = _sweep.sweep(
+        [how.stage, gradient] if how.stage else [gradient],
+        dict(
+          param=lambda x: jnp.square(_f32(x['param'])),
+          step=lambda x: jnp.square(step(decays, x)),
+        ),
+        dict(mu=mu, nu=nu) | adapted,
+        how.given | dict(param=param),
+        first,
+      )
+      has_ratio = (square['param'] > 0) & (square['step'] > 0)
+      ratio = jnp.sqrt(square['param'] / square['step'])
+      ratio = jnp.where(has_ratio, ratio, 1.0)
+      new = ratio * step(decays, kept | dict(param=param))
+      mu, nu = kept.pop('mu'), kept.pop('nu')
+      return new.reshape(grad.shape).astype(grad.dtype), mu, nu, kept
+
+    found = jax.tree_util.tree_map_with_path(
+      one,
+      updates,
+      params,
+      _decays(mask, params),
+      adapt(updates, count, **extra),
+      state.mu,
+      state.nu,
+      state.adapted,
+    )
+    new, *kept = _matrices.unzip(found, updates, 4)
+    return new, LambState(count, *kept)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decays(mask, params):
+  if mask is None:
+    return jax.tree.map(lambda _: True, params)
+  return mask(params) if callable(mask) else mask
+
+
+def _f32(x):
+  return x.astype(jnp.float32)

@@ -19,15 +19,17 @@ ratio. Where gradients are zero in every part the ratio is zero, thus gamma.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optimizers import _sweep
 from jaxtrain.optimizers import base as base_lib
+from jaxtrain.optimizers import lamb
 from jaxtrain.optimizers.adamw import adamw
-from jaxtrain.optimizers.lamb import lamb
 from jaxtrain.optimizers.lars import lars
 
 _FLOOR = 1e-6
@@ -85,9 +87,10 @@ def vrgd(
     raise ValueError(f'gamma={gamma} must be above 0 and at most 1')
   if weight_decay is not None:
     kwargs['weight_decay'] = weight_decay
-  has_momentum = base in ('adam', 'lamb')
+  if base == 'lamb':
+    return _lamb(learning_rate, gamma, b3, mask=mask, **kwargs)
   return optax.chain(
-    scale_by_gsnr(gamma, b3 if has_momentum else None),
+    scale_by_gsnr(gamma, b3 if base == 'adam' else None),
     _BASES[base](learning_rate, mask=mask, **kwargs),
   )
 
@@ -113,15 +116,13 @@ def scale_by_gsnr(
 
   def update(updates, state, params=None, *, mean_square=None, **extra):
     del params, extra
-    if mean_square is None:
-      raise ValueError(
-        'vrgd needs the mean over parts of the batch of their squared '
-        'gradients: update(grads, state, params, mean_square=...), which '
-        'make_train_step(..., mean_square=True) passes'
-      )
-    ratio = jax.tree_util.tree_map_with_path(
-      functools.partial(_ratio, gamma), updates, mean_square
-    )
+    _check(mean_square)
+
+    def of(path, grad, square):
+      x = dict(grad=grad, mean_square=square)
+      return _clipped(gamma, _mean(path, x), x)
+
+    ratio = jax.tree_util.tree_map_with_path(of, updates, mean_square)
     correction = 1.0
     if b3 is not None:
       count = optax.safe_increment(state.count)
@@ -136,15 +137,69 @@ def scale_by_gsnr(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _ratio(gamma, path, grad, mean_square):
-  """Float32 GSNR with mean 1 over each layer, and then between its limits."""
-  square = jnp.square(grad.astype(jnp.float32))
-  mean_square = mean_square.astype(jnp.float32)
+def _lamb(
+  learning_rate,
+  gamma,
+  b3,
+  b1=0.9,
+  b2=0.999,
+  eps=1e-6,
+  weight_decay=0.01,
+  mask=None,
+):
+  """LAMB's pass over a leaf takes the ratio along: it is not scaled before."""
+
+  def adapt(updates, count, *, mean_square=None, **extra):
+    del extra
+    _check(mean_square)
+    correction = 1.0 / (1.0 - b3**count)
+
+    def one(path, grad, square):
+      given = dict(grad=grad, mean_square=square)
+      mean = _mean(path, given)
+      return lamb.Adapted(
+        given,
+        dict(
+          ratio=lambda x: b3 * x['ratio'] + (1 - b3) * _clipped(gamma, mean, x)
+        ),
+        lambda x: correction * x['ratio'] * x['grad'].astype(jnp.float32),
+      )
+
+    return jax.tree_util.tree_map_with_path(one, updates, mean_square)
+
+  return optax.chain(
+    lamb.scale_by_lamb(b1, b2, eps, weight_decay, mask, adapt, ('ratio',)),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _check(mean_square):
+  if mean_square is None:
+    raise ValueError(
+      'vrgd needs the mean over parts of the batch of their squared '
+      'gradients: update(grads, state, params, mean_square=...), which '
+      'make_train_step(..., mean_square=True) passes'
+    )
+
+
+def _ratio(x):
+  """Float32 signal over noise, elementwise."""
+  square = jnp.square(x['grad'].astype(jnp.float32))
+  mean_square = x['mean_square'].astype(jnp.float32)
   noise = jnp.maximum(mean_square - square, _FLOOR * mean_square)
-  ratio = square / jnp.where(noise > 0, noise, 1.0)
-  axes = tuple(range(base_lib.num_stacked_dims(path), grad.ndim))
-  mean = jnp.mean(ratio, axis=axes, keepdims=True)
-  return jnp.clip(ratio / jnp.where(mean > 0, mean, 1.0), gamma, 1.0)
+  return square / jnp.where(noise > 0, noise, 1.0)
+
+
+def _mean(path, arrays):
+  """Of the ratio over each layer."""
+  first = base_lib.num_stacked_dims(path)
+  _, total = _sweep.sweep([], dict(ratio=_ratio), {}, arrays, first)
+  return total['ratio'] / math.prod(arrays['grad'].shape[first:])
+
+
+def _clipped(gamma, mean, x):
+  """The ratio with mean 1, and then between its limits."""
+  return jnp.clip(_ratio(x) / jnp.where(mean > 0, mean, 1.0), gamma, 1.0)
 
 
 def _momentum(
@@ -162,5 +217,5 @@ _BASES = {
   'momentum': _momentum,
   'adam': adamw,
   'lars': lars,
-  'lamb': lamb,
+  'lamb': lamb.lamb,
 }
