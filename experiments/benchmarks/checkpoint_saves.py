@@ -282,6 +282,14 @@ def _tokens():
   return _TOKENS.value // 4 if _QUICK.value else _TOKENS.value
 
 
+def _rounds():
+  return min(_ROUNDS.value, 3) if _QUICK.value else _ROUNDS.value
+
+
+def _steps():
+  return min(_STEPS.value, 6) if _QUICK.value else _STEPS.value
+
+
 def _turns(names, count):
   """`count` rounds of all names, each round beginning with another."""
   for i in range(count):
@@ -306,9 +314,6 @@ def main(argv):
   if _EMBED_DIM.value % 64:
     raise app.UsageError(f'--embed_dim={_EMBED_DIM.value} is no multiple of 64')
   logging.set_verbosity(logging.WARNING)  # Orbax says much.
-  rounds, steps = _ROUNDS.value, _STEPS.value
-  if _QUICK.value:
-    rounds, steps = min(rounds, 3), min(steps, 6)
   training, directory = _Training(), _DIRECTORY.value
   load = os.getloadavg()[0]
   for name in ('one program', 'two programs'):  # Compiles.
@@ -316,19 +321,28 @@ def main(argv):
   saves = {name: [] for name in _CONTENDERS}
   runs = {name: [] for name in _CONTENDERS[1:]}
   floors = []
-  for i, name in enumerate(tqdm.tqdm(list(_turns(_CONTENDERS, rounds)))):
+  turns = list(_turns(_CONTENDERS, _rounds()))
+  for i, name in enumerate(tqdm.tqdm(turns, unit='save')):
     saves[name].append(_one_save(training, name, directory, i))
     if name == 'lazy':
       floors.append(_floor(training.num_bytes, directory))
+  # Whole runs take long: what is known already is shown and kept.
+  _note(training, saves, runs, floors, load)
   for name in _turns(_CONTENDERS[1:], _RUNS.value):
-    runs[name].append(_whole_run(training, name, directory, steps))
+    runs[name].append(_whole_run(training, name, directory, _steps()))
+  if _RUNS.value:
+    _note(training, saves, runs, floors, load)
+
+
+def _note(training, saves, runs, floors, load):
+  """Prints and writes what has been measured."""
   record = dict(
     state_bytes=training.num_bytes,
     parameters=training.num_params,
     tokens_per_step=_tokens(),
-    rounds=rounds,
-    steps=steps,
-    runs=_RUNS.value,
+    rounds=_rounds(),
+    steps=_steps(),
+    runs=max(map(len, runs.values())),
     staging_gib=_STAGING.value,
     cores=os.cpu_count(),
     load_before=load,
@@ -336,13 +350,13 @@ def main(argv):
     floor=_summary(floors),
     one_save={k: _summary(v) for k, v in saves.items()},
     whole_run={k: _summary(v) for k, v in runs.items() if v},
+    ratios=_ratios(saves, runs),
     versions=dict(
       python=platform.python_version(),
       jax=jax.__version__,
       orbax=ocp.__version__,
     ),
   )
-  record['ratios'] = _ratios(saves, runs)
   _print(record)
   pathlib.Path(_OUTPUT.value).write_text(json.dumps(record, indent=1) + '\n')
 
