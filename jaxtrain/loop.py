@@ -66,8 +66,8 @@ def train(
     rules: Logical to mesh axes.
     steps: Number of updates of the whole run.
     seed: Of the initial parameters and the run's random key.
-    workdir: Folder for `checkpoints/`, `metrics.csv` and `tensorboard/`; `None`
-      writes nothing.
+    workdir: Folder for `checkpoints/`, `metrics.csv`, `tensorboard/` and
+      `goodput.jsonl`; `None` writes nothing.
     save_every: Steps between checkpoints; the last step is always saved.
     keep: Number of checkpoints to keep.
     metadata: JSON types to keep with every checkpoint.

@@ -26,6 +26,7 @@ from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.evaluate import evaluate
+from jaxtrain.goodput import Goodput
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.interrupt import with_stop
 from jaxtrain.meter import Meter
@@ -61,6 +62,8 @@ class TrainResult:
     tokens_per_s: Positions (padding included) trained on per second, without
       compiling, evaluating and saving; 0 if no step was timed.
     mfu: Model FLOPs utilisation, 0..1; `None` if the peak is not known.
+    goodput: Seconds of this call by `goodput.CATEGORIES`, see
+      `goodput.Incarnation`; `goodput.read` adds up those of a run.
   """
 
   state: TrainState
@@ -71,6 +74,7 @@ class TrainResult:
   num_programs: int
   tokens_per_s: float
   mfu: float | None
+  goodput: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +108,14 @@ class RunFiles:
         self.workdir / 'checkpoints', keep=keep, save_every_steps=save_every
       )
       self.metrics = MetricsWriter(self.workdir)
+    self.goodput = Goodput(self.workdir if jax.process_index() == 0 else None)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *error):
+    if error[0] is not None:
+      self.goodput.end(error[0].__name__)
     if self.workdir is not None:
       self.metrics.close()
       self.checkpoints.close()
@@ -137,9 +144,16 @@ class Run:
     self.compile_s, self.num_programs = 0.0, 0
     self.saved_at = self.evaluated_at = None
     self.history, self.window = [], []
+    self.goodput = self.files.goodput
 
   def start(self, dataset: Dataset, seed: int) -> None:
     """Makes the first state, or reads the latest checkpoint."""
+    with self.goodput.measure(self.goodput.start_category):
+      self._start(dataset, seed)
+    self.goodput.resumed(self.step)
+    self.shown.start(self.step)
+
+  def _start(self, dataset, seed):
     self.iterator = iter(dataset)
     checkpoints = self.files.checkpoints
     self.step = checkpoints.latest_step() if checkpoints else None
@@ -157,7 +171,6 @@ class Run:
       self.state, self.saved_at = TrainState(**state), self.step
       self._forward_data(data_state)
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
-    self.shown.start(self.step)
 
   def _forward_data(self, data_state):
     if data_state is not None:
@@ -168,9 +181,13 @@ class Run:
 
   def loop(self, stop: StopSignal) -> str | None:
     """Makes the steps; returns why it ended early, or `None`."""
+    with self.goodput.measure('step'):
+      return self._loop(stop)
+
+  def _loop(self, stop):
     ahead = None
     while self.step < self.steps:
-      batch = next(self.iterator, None)
+      batch = self._next_batch(ahead)
       if batch is None:
         self._read(ahead)
         return 'data'
@@ -191,6 +208,14 @@ class Run:
     self._read(ahead)
     return None
 
+  def _next_batch(self, ahead):
+    with self.goodput.measure('data') as wait:
+      batch = next(self.iterator, None)
+      # While the devices have a step to make, nothing is lost.
+      if ahead is not None and not ahead.metrics['stop'].is_ready():
+        wait.count_as('step')
+    return batch
+
   def finish(self, stopped_by: str | None) -> None:
     """Evaluates, unless time is short, and saves the last step."""
     if self.window:
@@ -199,6 +224,10 @@ class Run:
       if stopped_by in (None, 'data'):
         self._evaluate()
     self._save(force=True)
+    if self.files.checkpoints:
+      with self.goodput.measure('checkpoint'):
+        self.files.checkpoints.wait()
+    self.goodput.end(stopped_by or 'steps')
 
   def result(self, stopped_by: str | None) -> TrainResult:
     """What has been done."""
@@ -212,6 +241,7 @@ class Run:
       num_programs=self.num_programs,
       tokens_per_s=rates.get('tokens_per_s', 0.0),
       mfu=rates.get('mfu'),
+      goodput=self.goodput.seconds(),
     )
 
   def _step(self, batch, flags):
@@ -242,7 +272,8 @@ class Run:
 
   def _compile(self, name, function, *args):
     start = time.perf_counter()
-    compiled = function.lower(*args).compile()
+    with self.goodput.measure('compile'):
+      compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
     self.compile_s += seconds
     self.num_programs += 1
@@ -259,6 +290,7 @@ class Run:
     self.shown.step()
     if not metrics.pop('finite'):
       raise NonFiniteError(self._describe(dispatched, metrics))
+    self.goodput.step_done(dispatched.step)
     self.window.append(metrics)
     if dispatched.step % self.log_every == 0:
       self._log(dispatched.step)
@@ -272,6 +304,11 @@ class Run:
     }
     self.window = []
     self._note(step, means | self.meter.recent())
+    if self.files.metrics:
+      parts = self.goodput.fractions()
+      self.files.metrics.write(
+        step, {f'goodput/{name}': part for name, part in parts.items()}
+      )
 
   def _note(self, step, values):
     if not self.history or self.history[-1]['step'] != step:
@@ -290,6 +327,12 @@ class Run:
     return bool(checkpoints and checkpoints.should_save(self.step))
 
   def _evaluate(self):
+    with self.goodput.measure('evaluation'):
+      values = self._evaluation()
+    self.evaluated_at = self.step
+    self._note(self.step, values)
+
+  def _evaluation(self):
     e = self.evaluation
     if self.eval_step is None:
       function = train_step_lib.make_eval_step(
@@ -300,15 +343,13 @@ class Run:
       self.eval_step = self._compile(
         'evaluation', function, self.state.params, arrays
       )
-    values = evaluate(
+    return evaluate(
       self.eval_step,
       self.state.params,
       e.dataset,
       self.batch_sharding,
       e.batches,
     )
-    self.evaluated_at = self.step
-    self._note(self.step, values)
 
   def _save(self, force):
     checkpoints = self.files.checkpoints
@@ -317,14 +358,15 @@ class Run:
     if not (force or self._is_save_due()):
       return
     get_state = getattr(self.iterator, 'get_state', None)
-    checkpoints.save(
-      self.step,
-      vars(self.state),
-      data_state=get_state() if get_state else None,
-      config=self.model.config,
-      metadata=self.metadata,
-      force=force,
-    )
+    with self.goodput.measure('checkpoint'):
+      checkpoints.save(
+        self.step,
+        vars(self.state),
+        data_state=get_state() if get_state else None,
+        config=self.model.config,
+        metadata=self.metadata,
+        force=force,
+      )
     self.saved_at = self.step
 
   def _describe(self, dispatched, metrics):

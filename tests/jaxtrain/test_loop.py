@@ -1,14 +1,18 @@
 """Resuming changes nothing, and what goes wrong is named."""
 
 import functools
+import json
 import os
+import shutil
 import signal
+import time
 
 import jax
 import numpy as np
 import optax
 import pytest
 
+from jaxtrain import goodput
 from jaxtrain import loop
 from jaxtrain import metrics as metrics_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
@@ -206,6 +210,52 @@ def test_evaluation_rows_and_rates(tmp_path):
   assert result.tokens_per_s > 0 and 0 < result.mfu < 10
   assert result.num_programs == 3 and result.compile_s > 0
   assert (tmp_path / 'tensorboard').is_dir()
+
+
+def test_time_is_sorted_into_categories(tmp_path):
+  start = time.perf_counter()
+  first = _train(
+    workdir=tmp_path,
+    steps=6,
+    save_every=3,
+    dataset=_Batches(count=5),
+    eval_dataset=_Batches(seed=1),
+    eval_every=3,
+    eval_batches=1,
+  )
+  elapsed = time.perf_counter() - start
+  spent = {name for name, s in first.goodput.items() if s > 0}
+  assert spent == {
+    *('step', 'data', 'checkpoint', 'evaluation', 'compile', 'start', 'other')
+  }
+  assert 0.5 * elapsed < sum(first.goodput.values()) <= elapsed
+  assert first.goodput['compile'] == pytest.approx(first.compile_s, rel=0.1)
+  # The run that was killed after step 5 has saved step 3.
+  (line,) = (tmp_path / 'goodput.jsonl').read_text().splitlines()
+  killed = {**json.loads(line), 'ended': None}
+  (tmp_path / 'goodput.jsonl').write_text(json.dumps(killed) + '\n')
+  shutil.rmtree(tmp_path / 'checkpoints' / '00000005')
+  second = _train(workdir=tmp_path, steps=8)
+  assert second.goodput['lost'] > 0 and second.goodput['step'] > 0
+  record = goodput.read(tmp_path)
+  assert [i.lost_steps for i in record.incarnations] == [0, 2]
+  assert record.seconds['step'] > first.goodput['step']
+  for row in metrics_lib.read(tmp_path):
+    parts = [v for name, v in row.items() if name.startswith('goodput/')]
+    assert len(parts) == len(goodput.CATEGORIES)
+    assert sum(parts) == pytest.approx(1)
+
+
+def test_waiting_for_data_is_data(tmp_path):
+  class Slow(_Batches):
+    def __iter__(self):
+      for i, batch in enumerate(_Batches()):
+        time.sleep(0.2 if i == 3 else 0)
+        yield batch
+
+  seconds = _train(dataset=Slow()).goodput
+  # A step on the device hides some of it.
+  assert 0.1 < seconds['data'] < 0.3
 
 
 def test_nothing_compiles_after_the_first_step():
