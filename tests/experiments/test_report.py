@@ -198,5 +198,11 @@ def test_bars_of_incarnations_follow_each_other():
     _record(dict(start=2.0, step=5.0), dict(restart=1.0, step=2.0))
   ).axes[0]
   bars = [(p.get_y() + 0.35, p.get_x(), p.get_width()) for p in ax.patches]
-  # By category, in the order of `CATEGORIES`.
-  assert bars == [(1, 0, 5), (1, 5, 2), (2, 7, 2), (2, 9, 1)]
+  assert bars == [(1, 0, 2), (1, 2, 5), (2, 7, 1), (2, 8, 2)]
+
+
+def test_every_category_of_time_has_a_color():
+  record = _record(dict.fromkeys(goodput.CATEGORIES, 1.0))
+  bars = report.goodput_figure(record).axes[0].patches
+  colors = {p.get_facecolor() for p in bars}
+  assert len(bars) == len(colors) == len(goodput.CATEGORIES)
