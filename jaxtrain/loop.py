@@ -4,6 +4,7 @@
 knows of no flags. How it goes about it is in `run.py`.
 """
 
+import contextlib
 import os
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 import optax
 
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
@@ -47,6 +49,7 @@ def train(
   log_every: int = 10,
   progress: bool = True,
   context: Context | None = None,
+  heartbeat: Heartbeat | None = None,
   **step_options: Any,
 ) -> TrainResult:
   """Trains until `steps` updates are made, going on from a checkpoint.
@@ -77,6 +80,8 @@ def train(
     log_every: Steps between rows of metrics.
     progress: Whether process 0 shows progress.
     context: See `make_train_step`.
+    heartbeat: Tells a supervisor how far it is and what the parameters'
+      checksums are; is closed at the end.
     **step_options: Of `make_train_step`: accumulation, max_grad_norm, z_loss,
       learning_rate, noise_scale, mean_square.
 
@@ -106,6 +111,7 @@ def train(
   if eval_dataset is not None:
     evaluation = Evaluation(eval_dataset, eval_every, eval_batches)
   with (
+    heartbeat or contextlib.nullcontext(),
     shown,
     StopSignal() as stop,
     RunFiles(workdir, save_every, keep) as files,
@@ -123,6 +129,7 @@ def train(
       metadata=metadata,
       evaluation=evaluation,
       context=context,
+      heartbeat=heartbeat,
     )
     run.start(dataset, seed)
     stopped_by = run.loop(stop)

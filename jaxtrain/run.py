@@ -6,6 +6,7 @@ for step n, step n + 1 is already on the device.
 """
 
 from collections.abc import Iterable
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -21,12 +22,14 @@ import numpy as np
 import optax
 
 from jaxtrain import distributed
+from jaxtrain import fingerprint as fingerprint_lib
 from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.evaluate import evaluate
 from jaxtrain.goodput import Goodput
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.interrupt import with_stop
 from jaxtrain.meter import Meter
@@ -58,7 +61,8 @@ class TrainResult:
     stopped_by: Signal that ended it early, 'data' if there was no more, or
       `None` when all steps were made.
     compile_s: Seconds spent compiling the steps.
-    num_programs: Programs compiled: initialisation, training step, evaluation.
+    num_programs: Programs compiled: initialisation, training step, evaluation,
+      fingerprint.
     tokens_per_s: Positions (padding included) trained on per second, without
       compiling, evaluating and saving; 0 if no step was timed.
     mfu: Model FLOPs utilisation, 0..1; `None` if the peak is not known.
@@ -93,6 +97,7 @@ class _Dispatched:
   step: int
   metrics: Any
   batch: dict[str, np.ndarray]
+  fingerprint: jax.Array | None = None
 
 
 class RunFiles:
@@ -137,10 +142,12 @@ class Run:
   metadata: dict[str, Any] | None
   evaluation: Evaluation | None
   context: Context | None = None
+  heartbeat: Heartbeat | None = None
 
   def __post_init__(self):
     self.batch_sharding = named_sharding(self.mesh, self.rules, 'batch', 'seq')
     self.compiled = self.eval_step = self.meter = self.batch_shape = None
+    self.fingerprint = self.device_groups = None
     self.compile_s, self.num_programs = 0.0, 0
     self.saved_at = self.evaluated_at = None
     self.history, self.window = [], []
@@ -151,6 +158,8 @@ class Run:
     with self.goodput.measure(self.goodput.start_category):
       self._start(dataset, seed)
     self.goodput.resumed(self.step)
+    if self.heartbeat:
+      self.heartbeat.resumed(self.step)
     self.shown.start(self.step)
 
   def _start(self, dataset, seed):
@@ -181,8 +190,16 @@ class Run:
 
   def loop(self, stop: StopSignal) -> str | None:
     """Makes the steps; returns why it ended early, or `None`."""
-    with self.goodput.measure('step'):
+    with self._doing('step'):
       return self._loop(stop)
+
+  @contextlib.contextmanager
+  def _doing(self, category):
+    """What goes on inside, for the account of time and for a supervisor."""
+    heartbeat = self.heartbeat
+    phase = heartbeat.phase(category) if heartbeat else contextlib.nullcontext()
+    with phase, self.goodput.measure(category) as span:
+      yield span
 
   def _loop(self, stop):
     ahead = None
@@ -192,7 +209,10 @@ class Run:
         self._read(ahead)
         return 'data'
       metrics = self._step(batch, stop.flags(self.mesh))
-      behind, ahead = ahead, _Dispatched(self.step, metrics, batch)
+      behind, ahead = (
+        ahead,
+        _Dispatched(self.step, metrics, batch, self._fingerprint()),
+      )
       stopped = self._read(behind)
       if stopped or self._is_evaluation_due() or self._is_save_due():
         # What is saved must be known to be finite.
@@ -209,7 +229,7 @@ class Run:
     return None
 
   def _next_batch(self, ahead):
-    with self.goodput.measure('data') as wait:
+    with self._doing('data') as wait:
       batch = next(self.iterator, None)
       # While the devices have a step to make, nothing is lost.
       if ahead is not None and not ahead.metrics['stop'].is_ready():
@@ -225,9 +245,11 @@ class Run:
         self._evaluate()
     self._save(force=True)
     if self.files.checkpoints:
-      with self.goodput.measure('checkpoint'):
+      with self._doing('checkpoint'):
         self.files.checkpoints.wait()
     self.goodput.end(stopped_by or 'steps')
+    if self.heartbeat:
+      self.heartbeat.end(stopped_by or 'steps')
 
   def result(self, stopped_by: str | None) -> TrainResult:
     """What has been done."""
@@ -270,9 +292,21 @@ class Run:
     self.step += 1
     return metrics
 
+  def _fingerprint(self):
+    """Dispatches a checksum of the parameters, if one is due."""
+    every = self.heartbeat and self.heartbeat.fingerprint_every
+    if not every or not (self.step % every == 0 or self._is_save_due()):
+      return None
+    params = self.state.params
+    if self.fingerprint is None:
+      function = fingerprint_lib.make_fingerprint(params, self.mesh)
+      self.fingerprint = self._compile('fingerprint', function, params)
+      self.device_groups = fingerprint_lib.groups(params, self.mesh)
+    return self.fingerprint(params)
+
   def _compile(self, name, function, *args):
     start = time.perf_counter()
-    with self.goodput.measure('compile'):
+    with self._doing('compile'):
       compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
     self.compile_s += seconds
@@ -291,6 +325,13 @@ class Run:
     if not metrics.pop('finite'):
       raise NonFiniteError(self._describe(dispatched, metrics))
     self.goodput.step_done(dispatched.step)
+    if self.heartbeat:
+      if dispatched.fingerprint is not None:
+        sums = fingerprint_lib.by_group(
+          dispatched.fingerprint, self.device_groups
+        )
+        self.heartbeat.fingerprint(dispatched.step, sums)
+      self.heartbeat.step_done(dispatched.step)
     self.window.append(metrics)
     if dispatched.step % self.log_every == 0:
       self._log(dispatched.step)
@@ -327,7 +368,7 @@ class Run:
     return bool(checkpoints and checkpoints.should_save(self.step))
 
   def _evaluate(self):
-    with self.goodput.measure('evaluation'):
+    with self._doing('evaluation'):
       values = self._evaluation()
     self.evaluated_at = self.step
     self._note(self.step, values)
@@ -358,7 +399,7 @@ class Run:
     if not (force or self._is_save_due()):
       return
     get_state = getattr(self.iterator, 'get_state', None)
-    with self.goodput.measure('checkpoint'):
+    with self._doing('checkpoint'):
       checkpoints.save(
         self.step,
         vars(self.state),
