@@ -115,21 +115,19 @@ class Vitals:
   def differing(self) -> tuple[bool, frozenset[int]]:
     """Whether copies of the parameters differ, and who is to blame.
 
-    Compares the newest step that all have reported.
+    Compares the steps that all have reported, up to the first that differs.
     """
     if len(self._beats) < len(self._slots):
       return False, frozenset()
     prints = {s: b.fingerprints for s, b in self._beats.items()}
-    common = set.intersection(*(set(p) for p in prints.values()))
-    if not common:
-      return False, frozenset()
-    newest = max(common)
-    differ, odd = blame.by_fingerprints(
-      {s: p[newest] for s, p in prints.items()}
-    )
-    if not differ:
-      self._agreed_step = newest
-    return differ, odd
+    for step in sorted(set.intersection(*(set(p) for p in prints.values()))):
+      differ, odd = blame.by_fingerprints(
+        {s: p[step] for s, p in prints.items()}
+      )
+      if differ:
+        return True, odd
+      self._agreed_step = max(self._agreed_step, step)
+    return False, frozenset()
 
   def _alive_limit(self, slot):
     # Before its first beat a process imports its modules.
