@@ -66,7 +66,8 @@ _THIRD_PARTY = {
   'experiments.benchmarks.peers': _ALL | _PEERS,
 }
 
-# Run on the host between steps; must work and be testable without jax.
+# Run on the host between steps, or outlive trainers; must work and be testable
+# without jax.
 _HOST = (
   'jaxserve.chat',
   'jaxserve.constraints',
@@ -79,6 +80,9 @@ _HOST = (
   'jaxserve.cache.prefix',
   'jaxserve.cache.radix_tree',
   'jaxserve.cache.scores',
+  'jaxtrain.checkpoints.in_memory.keeper',
+  'jaxtrain.checkpoints.in_memory.parity',
+  'jaxtrain.checkpoints.in_memory.reader',
 )
 
 # Folders of algorithms, one paper per file.

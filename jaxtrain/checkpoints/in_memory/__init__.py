@@ -1,0 +1,5 @@
+"""Snapshots of a training state in the memory of other processes.
+
+`snapshots.InMemorySnapshots` is what a trainer uses, `keeper` the process that
+holds the bytes. Only `snapshots` and `pieces` import jax.
+"""

@@ -1,0 +1,124 @@
+"""How a trainer hands its bytes to its keeper, or does without it."""
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.checkpoints.in_memory import exchange
+from jaxtrain.checkpoints.in_memory import slots
+from jaxtrain.checkpoints.in_memory import wire
+from jaxtrain.checkpoints.in_memory.versions import Group
+from jaxtrain.checkpoints.in_memory.versions import VersionId
+
+_log = logging.getLogger(__name__)
+_MAX_MAPPED = 8
+
+
+class Feed:
+  """A trainer's end of one keeper. Not for several threads at a time.
+
+  Args:
+    address: 'host:port' of the keeper, on this host.
+    timeout_s: For each answer.
+  """
+
+  def __init__(self, address: str, timeout_s: float):
+    self.address = address
+    self._timeout_s = timeout_s
+    self._peer: wire.Peer | None = None
+    self._mapped: dict[int, np.ndarray] = {}
+    self._own = np.zeros(0, np.uint8)  # Without a keeper.
+    self._version: tuple[VersionId, Group, int] | None = None
+
+  def begin(
+    self, version_id: VersionId, group: Group, index: int
+  ) -> np.ndarray:
+    """Memory to write the bytes to, uint8, with anything in it.
+
+    Args:
+      version_id: `(generation, step)`.
+      group: Keepers of the version.
+      index: Which of them this is.
+
+    Raises:
+      RefusedError: The keeper has a later version.
+    """
+    self._version = version_id, group, index
+    message = {
+      'op': 'begin',
+      'version': version_id,
+      'group': group.to_json(),
+      'index': index,
+    }
+    try:
+      if self._peer is None:
+        self._connect()
+      answer, fds = self._peer.ask(message, max_fds=1)
+    except wire.RefusedError:
+      raise
+    except wire.WireError as e:
+      self._lose(str(e))
+      size = group.stripes.num_data * group.chunk_bytes
+      if self._own.size != size:
+        self._own = np.zeros(size, np.uint8)
+      return self._own
+    (fd,) = fds
+    try:
+      return self._map(answer['slot'], fd, answer['num_bytes'])
+    finally:
+      os.close(fd)
+
+  def end(self, header: dict[str, Any], data: np.ndarray) -> dict[str, Any]:
+    """Says that the bytes are whole; waits until the version counts.
+
+    Args:
+      header: 'num_bytes', 'checksums', and what a reader should know.
+      data: What `begin` returned.
+
+    Returns:
+      'is_committed', 'absent' (addresses of keepers and why), 'reason'.
+    """
+    version_id, group, index = self._version
+    if self._peer is not None:
+      message = {
+        'op': 'end',
+        'version': version_id,
+        'header': header,
+        'timeout_s': self._timeout_s,
+      }
+      try:
+        return self._peer.ask(message)[0]
+      except wire.WireError as e:
+        self._lose(str(e))
+    answer = exchange.run_for_trainer(
+      version_id, group, index, header, data, self._timeout_s
+    )
+    answer['absent'][self.address] = 'its trainer does without it'
+    return answer
+
+  def close(self) -> None:
+    """Closes the connection; the keeper keeps what it has."""
+    if self._peer is not None:
+      self._peer.close()
+    self._peer = None
+    self._mapped = {}
+
+  def _connect(self):
+    # The keeper itself gives up after `timeout_s`, and then answers.
+    sock = wire.connect_local(self.address, 2 * self._timeout_s)
+    self._peer = wire.Peer(self.address, sock)
+    self._own = np.zeros(0, np.uint8)
+
+  def _lose(self, why):
+    if self._peer is not None or not self._own.size:
+      _log.warning('Snapshots go on without a keeper: %s', why)
+    self.close()
+
+  def _map(self, number, fd, num_bytes):
+    if number not in self._mapped:
+      while len(self._mapped) >= _MAX_MAPPED:
+        del self._mapped[next(iter(self._mapped))]
+      self._mapped[number] = slots.map_slot(fd, num_bytes)
+    return self._mapped[number]
