@@ -5,7 +5,7 @@ python -m experiments.supervise --config=byte_stdlib_tiny --workdir=runs/e \
 
 Starts `experiments.train_lm` in each process. One that dies, hangs, or holds
 other parameters than its replicas is expelled, and training goes on from the
-last checkpoint on the largest mesh that is left, with the same global batch;
+last checkpoint (with --snapshot_every=1, from the last step) on the largest mesh that is left, with the same global batch;
 later it grows back. `supervise.jsonl` says what happened when.
 
 SIGTERM and SIGINT are passed on: the trainers save and end. A second one ends
@@ -30,6 +30,7 @@ from experiments import configs
 from experiments.elastic import actions
 from experiments.elastic import exit_codes
 from experiments.elastic.health import Health
+from experiments.elastic.keepers import Keepers
 from experiments.elastic.policy import Limits
 from experiments.elastic.policy import Policy
 from experiments.elastic.trainers import Trainers
@@ -55,6 +56,14 @@ _TRAINER = flags.DEFINE_string(
 _FINGERPRINT_EVERY = flags.DEFINE_integer(
   'fingerprint_every', 1, 'Steps between comparisons of the parameters.'
 )
+_SNAPSHOT_EVERY = flags.DEFINE_integer(
+  'snapshot_every',
+  None,
+  'Steps between snapshots in memory, none if not given.',
+)
+_PARITY = flags.DEFINE_integer(
+  'num_parity', 1, 'How many keepers of snapshots may be lost.'
+)
 _HEALTH = flags.DEFINE_string(
   'health_command',
   None,
@@ -79,13 +88,15 @@ class Supervisor:
   Args:
     policy: What to do when.
     trainers: Processes.
+    keepers: Of snapshots, or `None`.
     health: Asks lost slots.
     events: File to append a JSON line for every action to.
     say: Prints a line.
   """
 
-  def __init__(self, policy, trainers, health, events, say):
-    self._policy, self._trainers, self._health = policy, trainers, health
+  def __init__(self, policy, trainers, keepers, health, events, say):
+    self._policy, self._trainers = policy, trainers
+    self._keepers, self._health = keepers, health
     self._events, self._say = events, say
     self._signals = 0
     self._status = ''
@@ -109,6 +120,8 @@ class Supervisor:
     finally:
       self._trainers.kill()
       self._health.close()
+      if self._keepers:
+        self._keepers.close()
       for number, handler in old.items():
         signal.signal(number, handler)
 
@@ -117,6 +130,8 @@ class Supervisor:
     self._signals += 1
 
   def _look(self):
+    if self._keepers:
+      self._keepers.revive()
     exits = self._trainers.exits()  # First: the last beat is before the end.
     return actions.Observation(
       time_s=time.monotonic(),
@@ -131,7 +146,9 @@ class Supervisor:
     more = {}
     match action:
       case actions.Start():
-        self._trainers.start(action)
+        keepers = self._keepers
+        tier = keepers.arguments(action.slots) if keepers else ()
+        self._trainers.start(action, tier)
         more = dict(pids=self._trainers.pids())
       case actions.Stop():
         self._trainers.terminate()
@@ -139,6 +156,8 @@ class Supervisor:
         self._trainers.kill()
       case actions.Discard():
         more = dict(steps=self._trainers.discard(action.after_step))
+        if self._keepers:  # They cannot forget some steps only.
+          self._keepers.forget()
       case actions.Finish():
         self._trainers.kill()
     self._note(action, more)
@@ -203,9 +222,17 @@ def _supervisor():
     say=_say,
   )
   workdir.mkdir(parents=True, exist_ok=True)
-  return Supervisor(
-    policy, trainers, Health(_HEALTH.value), workdir / 'supervise.jsonl', _say
-  )
+  keepers = None
+  if _SNAPSHOT_EVERY.value is not None:
+    keepers = Keepers(
+      _NUM_PROCESSES.value,
+      num_parity=_PARITY.value,
+      snapshot_every=_SNAPSHOT_EVERY.value,
+      say=_say,
+    )
+  events = workdir / 'supervise.jsonl'
+  health = Health(_HEALTH.value)
+  return Supervisor(policy, trainers, keepers, health, events, _say)
 
 
 def main(argv):
@@ -213,7 +240,7 @@ def main(argv):
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   try:
     supervisor = _supervisor()
-  except (ValueError, OSError) as e:
+  except (ValueError, OSError, RuntimeError) as e:
     print(f'supervise: {e}', file=sys.stderr)
     sys.exit(exit_codes.WRONG)
   sys.exit(supervisor.run(_POLL_S.value))

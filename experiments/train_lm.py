@@ -12,6 +12,7 @@ Exit codes: 0 finished, or stopped by a signal; 1 an error; and those of
 experiments/elastic/exit_codes.py.
 """
 
+import contextlib
 import sys
 
 from absl import app
@@ -24,6 +25,7 @@ from experiments import training
 from experiments.elastic import exit_codes
 from jaxtrain import distributed
 from jaxtrain import loop
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.sharding import simulate_devices
 
@@ -55,6 +57,18 @@ _HEARTBEAT = flags.DEFINE_string(
 _FINGERPRINT_EVERY = flags.DEFINE_integer(
   'fingerprint_every', 1, 'Steps between checksums in the signs of life.'
 )
+_KEEPERS = flags.DEFINE_list(
+  'keepers',
+  [],
+  'host:port of processes that keep snapshots in memory, see '
+  'jaxtrain/checkpoints/in_memory/snapshots.py.',
+)
+_PARITY = flags.DEFINE_integer(
+  'num_parity', 1, 'How many of --keepers may be lost.'
+)
+_SNAPSHOT_EVERY = flags.DEFINE_integer(
+  'snapshot_every', 1, 'Steps between snapshots, with --keepers.'
+)
 
 _EXIT_CODES = {
   ValueError: exit_codes.WRONG,
@@ -66,6 +80,16 @@ def _heartbeat():
   if _HEARTBEAT.value is None:
     return None
   return Heartbeat(_HEARTBEAT.value, fingerprint_every=_FINGERPRINT_EVERY.value)
+
+
+@contextlib.contextmanager
+def _snapshots():
+  """Arguments of the loop that snapshots need, if there are keepers."""
+  if not _KEEPERS.value:
+    yield {}
+    return
+  with InMemorySnapshots(_KEEPERS.value, _PARITY.value) as snapshots:
+    yield dict(snapshots=snapshots, snapshot_every=_SNAPSHOT_EVERY.value)
 
 
 def _from_flags():
@@ -108,7 +132,10 @@ def main(argv):
     distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
-    result = training.run(_WORKDIR.value, heartbeat=heartbeat, **config)
+    with _snapshots() as tier:
+      result = training.run(
+        _WORKDIR.value, heartbeat=heartbeat, **tier, **config
+      )
   except OSError as e:
     sys.exit(f'train_lm: {e}')
   except tuple(_EXIT_CODES) as e:

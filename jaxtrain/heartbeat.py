@@ -32,12 +32,14 @@ class Beat:
     alive: Grows as long as the process is not stopped.
     loop: Grows with every step and change of phase.
     step: Steps that are complete.
-    phase: 'start', 'compile', 'evaluation', 'checkpoint', 'data', or 'step'.
+    phase: 'start', 'compile', 'evaluation', 'checkpoint', 'data', 'step', or
+      'device' in those parts of a step that wait for devices, and so for other
+      processes.
     first_step: Steps that had been made when the process took over.
     fingerprints: Step -> group of devices that hold the same -> checksum of
       what each of them holds, see `fingerprint.py`. The newest steps only.
-    ended: `None`; or what `loop` ended for: 'steps', 'data', the name of a
-      signal; or the name of an error.
+    ended: Why the loop has ended: 'steps', 'data' or the name of a signal.
+    error: Name of the exception that ended it.
   """
 
   pid: int = 0
@@ -50,6 +52,7 @@ class Beat:
     default_factory=dict
   )
   ended: str | None = None
+  error: str | None = None
 
 
 class Heartbeat:
@@ -119,9 +122,8 @@ class Heartbeat:
     self._change(fingerprints={s: known[s] for s in sorted(kept)})
 
   def end(self, why: str) -> None:
-    """Says why the loop has ended; the first reason stays."""
-    if self._beat.ended is None:
-      self._change(now=True, ended=why)
+    """Says why the loop has ended."""
+    self._change(now=True, ended=why)
 
   def close(self) -> None:
     """Stops the thread; the file stays."""
@@ -133,7 +135,7 @@ class Heartbeat:
 
   def __exit__(self, *error) -> None:
     if error[0] is not None:
-      self.end(error[0].__name__)
+      self._change(now=True, error=error[0].__name__)
     self.close()
 
   def _stay_alive(self):

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 import optax
 
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.parallel.context.base import Context
@@ -50,6 +51,8 @@ def train(
   progress: bool = True,
   context: Context | None = None,
   heartbeat: Heartbeat | None = None,
+  snapshots: InMemorySnapshots | None = None,
+  snapshot_every: int = 1,
   **step_options: Any,
 ) -> TrainResult:
   """Trains until `steps` updates are made, going on from a checkpoint.
@@ -82,6 +85,11 @@ def train(
     context: See `make_train_step`.
     heartbeat: Tells a supervisor how far it is and what the parameters'
       checksums are; is closed at the end.
+    snapshots: A second, faster tier of checkpoints in the memory of other
+      processes. The newest state of either tier is where it goes on; it stays
+      open.
+    snapshot_every: Steps between snapshots. After each of these steps the host
+      waits for the devices.
     **step_options: Of `make_train_step`: accumulation, max_grad_norm, z_loss,
       learning_rate, noise_scale, mean_square.
 
@@ -101,6 +109,7 @@ def train(
     eval_every=eval_every,
     eval_batches=eval_batches,
     log_every=log_every,
+    snapshot_every=snapshot_every,
   )
   model = model.clone(shard=constrainer(mesh, rules))
   step_fn = train_step_lib.make_train_step(
@@ -130,6 +139,8 @@ def train(
       evaluation=evaluation,
       context=context,
       heartbeat=heartbeat,
+      snapshots=snapshots,
+      snapshot_every=snapshot_every,
     )
     run.start(dataset, seed)
     stopped_by = run.loop(stop)

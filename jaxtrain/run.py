@@ -26,6 +26,7 @@ from jaxtrain import fingerprint as fingerprint_lib
 from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.evaluate import evaluate
 from jaxtrain.goodput import Goodput
@@ -143,13 +144,15 @@ class Run:
   evaluation: Evaluation | None
   context: Context | None = None
   heartbeat: Heartbeat | None = None
+  snapshots: InMemorySnapshots | None = None
+  snapshot_every: int = 1
 
   def __post_init__(self):
     self.batch_sharding = named_sharding(self.mesh, self.rules, 'batch', 'seq')
     self.compiled = self.eval_step = self.meter = self.batch_shape = None
     self.fingerprint = self.device_groups = None
     self.compile_s, self.num_programs = 0.0, 0
-    self.saved_at = self.evaluated_at = None
+    self.saved_at = self.evaluated_at = self.snapshot_at = None
     self.history, self.window = [], []
     self.goodput = self.files.goodput
 
@@ -166,6 +169,8 @@ class Run:
     self.iterator = iter(dataset)
     checkpoints = self.files.checkpoints
     self.step = checkpoints.latest_step() if checkpoints else None
+    if self._resumed_from_memory():
+      return
     if self.step is None:
       self.step = 0
       self.state = train_state_lib.init_state(
@@ -180,6 +185,23 @@ class Run:
       self.state, self.saved_at = TrainState(**state), self.step
       self._forward_data(data_state)
       self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
+
+  def _resumed_from_memory(self):
+    """Takes the newest snapshot, unless storage has a newer step."""
+    steps = self.snapshots.steps() if self.snapshots else []
+    if not steps or (self.step is not None and self.step > steps[-1]):
+      return False
+    self.step = self.snapshot_at = steps[-1]
+    spec = train_state_lib.state_spec(
+      self.model, self.tx, self.mesh, self.rules
+    )
+    state, data_state, _ = self.snapshots.restore(
+      vars(spec.abstract), self.step
+    )
+    self.state = TrainState(**state)
+    self._forward_data(data_state)
+    self.shown.say(f'resumed from step {self.step} in memory')
+    return True
 
   def _forward_data(self, data_state):
     if data_state is not None:
@@ -214,7 +236,7 @@ class Run:
         _Dispatched(self.step, metrics, batch, self._fingerprint()),
       )
       stopped = self._read(behind)
-      if stopped or self._is_evaluation_due() or self._is_save_due():
+      if stopped or self._is_anything_due():
         # What is saved must be known to be finite.
         stopped = self._read(ahead) or stopped
         ahead = None
@@ -225,8 +247,14 @@ class Run:
           if self._is_evaluation_due():
             self._evaluate()
           self._save(force=False)
+          self._snapshot()
     self._read(ahead)
     return None
+
+  def _on_device(self):
+    """Tells a supervisor that here it is the others who are waited for."""
+    heartbeat = self.heartbeat
+    return heartbeat.phase('device') if heartbeat else contextlib.nullcontext()
 
   def _next_batch(self, ahead):
     with self._doing('data') as wait:
@@ -288,7 +316,9 @@ class Run:
         f'step {self.step + 1}: a batch of shape {shape} after batches of '
         f'shape {self.batch_shape}; the step is compiled for one shape'
       )
-    self.state, metrics = self.compiled(self.state, arrays, flags)
+    # On CPUs this may wait for the other processes.
+    with self._on_device():
+      self.state, metrics = self.compiled(self.state, arrays, flags)
     self.step += 1
     return metrics
 
@@ -318,7 +348,8 @@ class Run:
     """Waits for a step, checks and notes its metrics; whether to stop."""
     if dispatched is None:
       return False
-    metrics = {k: float(v) for k, v in dispatched.metrics.items()}
+    with self._on_device():
+      metrics = {k: float(v) for k, v in dispatched.metrics.items()}
     stop = bool(metrics.pop('stop'))
     self.meter.step()
     self.shown.step()
@@ -367,6 +398,17 @@ class Run:
     checkpoints = self.files.checkpoints
     return bool(checkpoints and checkpoints.should_save(self.step))
 
+  def _is_snapshot_due(self):
+    every = self.snapshot_every
+    return bool(self.snapshots and self.step % every == 0)
+
+  def _is_anything_due(self):
+    return (
+      self._is_evaluation_due()
+      or self._is_save_due()
+      or self._is_snapshot_due()
+    )
+
   def _evaluate(self):
     with self._doing('evaluation'):
       values = self._evaluation()
@@ -398,17 +440,32 @@ class Run:
       return
     if not (force or self._is_save_due()):
       return
-    get_state = getattr(self.iterator, 'get_state', None)
     with self._doing('checkpoint'):
       checkpoints.save(
         self.step,
         vars(self.state),
-        data_state=get_state() if get_state else None,
+        data_state=self._data_state(),
         config=self.model.config,
         metadata=self.metadata,
         force=force,
       )
     self.saved_at = self.step
+
+  def _snapshot(self):
+    if not self._is_snapshot_due() or self.snapshot_at == self.step:
+      return
+    with self._doing('checkpoint'):
+      self.snapshots.save(
+        self.step,
+        vars(self.state),
+        data_state=self._data_state(),
+        metadata=self.metadata,
+      )
+    self.snapshot_at = self.step
+
+  def _data_state(self):
+    get_state = getattr(self.iterator, 'get_state', None)
+    return get_state() if get_state else None
 
   def _describe(self, dispatched, metrics):
     """Saves the batch; returns the message that names it."""

@@ -25,39 +25,48 @@ _OWN_SIGNALS = frozenset(
     signal.SIGINT,
   )
 )
+# What a broken collective raises in those whose peer is gone.
+_PEER_LOST = 'JaxRuntimeError'
 
 
-def by_exits(exits: Mapping[int, int]) -> frozenset[int]:
-  """Processes that died of themselves, by exit codes (negative: signals).
+def by_exits(
+  exits: Mapping[int, int], errors: Mapping[int, str]
+) -> frozenset[int]:
+  """Processes that died of themselves.
 
-  Those killed by a signal of their own; if there are none, those that ended
-  with an error and are not aborted; if there are none either, nobody. A loss
-  that is not finite and wrong arguments are nobody's fault: all processes see
-  the same, and who has not yet said so dies of those that have.
+  Those killed by a signal of their own; if there are none, those with an error
+  that is not the loss of another process. A loss that is not finite and wrong
+  arguments are nobody's fault: all processes see the same, and who has not yet
+  said so dies of those that have.
+
+  Args:
+    exits: Exit codes, negative for signals.
+    errors: Names of exceptions, of those that could tell.
   """
   failed = {slot: code for slot, code in exits.items() if code}
   if killed := [s for s, code in failed.items() if code in _OWN_SIGNALS]:
     return frozenset(killed)
   if {exit_codes.NON_FINITE, exit_codes.WRONG} & set(failed.values()):
     return frozenset()
-  return frozenset(s for s, c in failed.items() if c != -signal.SIGABRT)
+  return frozenset(
+    s
+    for s, code in failed.items()
+    if code != -signal.SIGABRT and errors.get(s) != _PEER_LOST
+  )
 
 
 def by_beats(beats: Mapping[int, Beat]) -> frozenset[int]:
   """Processes whose loop stands where the others' does not.
 
-  Of loops that all stand still, one does not wait for the others: it is behind
-  them, or in another phase, such as 'data'. Nobody, if that does not single
-  out a minority.
+  Of loops that all stand still, most wait for another process: their phase is
+  'device'. Those to blame have not come so far, or are behind by a step.
+  Nobody, if that does not tell some from the others.
   """
-  places = {s: (b.step, b.phase) for s, b in beats.items()}
-  counts = collections.Counter(places.values())
-  top, count = max(counts.items(), key=lambda item: item[1])
-  if 2 * count > len(places):
-    return frozenset(s for s, place in places.items() if place != top)
-  # Two processes: the one that is waiting for data keeps the other waiting.
-  waiting = [s for s, b in beats.items() if b.phase == 'data']
-  return frozenset(waiting if len(waiting) < len(beats) else ())
+  late = frozenset(s for s, b in beats.items() if b.phase != 'device')
+  if not late:
+    newest = max(b.step for b in beats.values())
+    late = frozenset(s for s, b in beats.items() if b.step < newest)
+  return late if len(late) < len(beats) else frozenset()
 
 
 def by_fingerprints(

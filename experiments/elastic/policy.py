@@ -21,6 +21,11 @@ from experiments.elastic.vitals import Patience
 from experiments.elastic.vitals import Vitals
 from jaxtrain.sharding import elastic
 
+# Exceptions that mean more than that something went wrong.
+_EXIT_CODES = {
+  'NonFiniteError': exit_codes.NON_FINITE,
+  'ValueError': exit_codes.WRONG,
+}
 _WHOLE_RUN = ('steps', 'data')
 _PREEMPTED = ('SIGTERM', 'SIGINT')
 
@@ -191,12 +196,17 @@ class Policy:
   # What may have gone wrong, in the order of how sure it is.
 
   def _failure(self, seen):
-    return (
-      self._differing(seen)
-      or self._exited(seen)
-      or (not seen.exits and self._hanging(seen))
-      or []
-    )
+    exits = self._exits(seen)
+    if failure := self._differing(seen):
+      return failure
+    return self._exited(seen, exits) if exits else self._hanging(seen)
+
+  def _exits(self, seen):
+    """With those that have failed, but are still busy with their end."""
+    failed = {
+      s: _EXIT_CODES.get(error, 1) for s, error in self._vitals.errors.items()
+    }
+    return {**failed, **seen.exits}
 
   def _differing(self, seen):
     differ, odd = self._vitals.differing()
@@ -209,21 +219,19 @@ class Policy:
     )
     return [kill, discard, *rest]
 
-  def _exited(self, seen):
-    if not seen.exits:
-      return []
+  def _exited(self, seen, exits):
     if self._dying_since is None:
       self._dying_since = seen.time_s
     waited = seen.time_s - self._dying_since
-    running = self._still(seen)
-    if not any(seen.exits.values()):
+    running = set(self._running.slots) - set(exits)
+    if not any(exits.values()):
       # Those that end well wait for each other; the last may be late.
       if running and waited <= self._limits.stop_s:
         return []
       return self._ended_well(seen)
     if running and waited <= self._limits.settle_s:
       return []
-    return self._died(seen)
+    return self._died(seen, exits)
 
   def _ended_well(self, seen):
     ends = {s: b.ended for s, b in self._vitals.beats.items()}
@@ -241,9 +249,9 @@ class Policy:
       )
     return self._fail(seen, f'{_names(taken)} told to stop', taken)
 
-  def _died(self, seen):
-    codes = {s: c for s, c in sorted(seen.exits.items()) if c}
-    blamed = blame.by_exits(codes)
+  def _died(self, seen, exits):
+    codes = {s: c for s, c in sorted(exits.items()) if c}
+    blamed = blame.by_exits(codes, self._vitals.errors)
     if not blamed and exit_codes.NON_FINITE in codes.values():
       return self._non_finite(seen)
     if not blamed and exit_codes.WRONG in codes.values():

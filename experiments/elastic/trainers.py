@@ -51,13 +51,19 @@ class Trainers:
     self._say = say
     self._children: dict[int, processes.Child] = {}
 
-  def start(self, plan: actions.Start) -> None:
-    """Starts one process per slot; those of before must have ended."""
+  def start(self, plan: actions.Start, more: Sequence[str] = ()) -> None:
+    """Starts one process per slot; those of before must have ended.
+
+    Args:
+      plan: Which, and on what mesh.
+      more: Further arguments, the same for all.
+    """
     shutil.rmtree(self._beats, ignore_errors=True)
     shared = [
       *(f'--workdir={self._workdir}', f'--mesh={plan.mesh}'),
       f'--num_processes={len(plan.slots)}',
       *self._arguments,
+      *more,
     ]
     if len(plan.slots) > 1:
       shared.append(f'--coordinator=127.0.0.1:{processes.free_port()}')

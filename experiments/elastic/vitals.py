@@ -54,6 +54,11 @@ class Vitals:
     return self._beats
 
   @property
+  def errors(self) -> dict[int, str]:
+    """Names of the exceptions that have ended loops."""
+    return {s: b.error for s, b in self._beats.items() if b.error is not None}
+
+  @property
   def first_step(self) -> int | None:
     """Steps made when it took over, if it has."""
     if len(self._beats) < len(self._slots) or not self.has_stepped:

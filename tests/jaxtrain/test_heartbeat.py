@@ -39,7 +39,6 @@ def test_steps_phases_and_the_end(tmp_path):
       assert heartbeat.read(path).phase == 'step'
     assert heartbeat.read(path).ended is None
     beat.end('data')
-    beat.end('KeyError')
     seen = heartbeat.read(path)
   assert (seen.first_step, seen.step, seen.ended) == (7, 8, 'data')
   assert seen.loop == 8
@@ -50,7 +49,7 @@ def test_an_error_is_the_end(tmp_path):
     beat.step_done(1)
     raise KeyError
   seen = heartbeat.read(tmp_path / '0.json')
-  assert (seen.step, seen.ended) == (1, 'KeyError')
+  assert (seen.step, seen.ended, seen.error) == (1, None, 'KeyError')
 
 
 def test_processes_read_apart_have_fingerprints_in_common(tmp_path):

@@ -113,7 +113,7 @@ class _World:
     self.frozen, self.stuck = set(), set()
     start = self.saved or 0
     self.beats = {
-      s: Beat(step=start, first_step=start, phase='step') for s in plan.slots
+      s: Beat(step=start, first_step=start, phase='device') for s in plan.slots
     }
 
   def _live(self):
@@ -220,6 +220,26 @@ def test_who_is_to_blame_for_exits(world, exits, lost):
   assert world.until(Start).slots == left
 
 
+def test_who_dies_of_another_says_so(world):
+  for slot, error in enumerate(['JaxRuntimeError', 'OSError']):
+    world.beats[slot] = dataclasses.replace(world.beats[slot], error=error)
+  world.exits.update({0: 1, 2: _ABORT, 3: _ABORT})
+  assert world.until(Kill).lost == (1,)  # Which still runs.
+
+
+def test_an_error_is_seen_before_the_process_ends(world):
+  world.stuck.update(range(4))
+  world.beats[3] = dataclasses.replace(world.beats[3], error='KeyError')
+  kill = world.until(Kill, looks=4)
+  assert kill.lost == (3,) and 'process 3: exit code 1' in kill.why
+
+
+def test_a_loss_that_is_not_finite_is_seen_before_the_process_ends(world):
+  world.stuck.update(range(4))
+  world.beats[3] = dataclasses.replace(world.beats[3], error='NonFiniteError')
+  assert 'step 6 is not finite' in world.until(Kill, looks=4).why
+
+
 def test_a_process_that_is_stopped_is_found_by_its_silence(world):
   world.frozen.add(2)
   kill = world.until(Kill)
@@ -228,10 +248,11 @@ def test_a_process_that_is_stopped_is_found_by_its_silence(world):
   assert world.until(Start).slots == (0, 1, 3)
 
 
-def test_a_loop_that_hangs_is_found_by_where_it_stands(world):
+@pytest.mark.parametrize('phase', ['data', 'step'])
+def test_a_loop_that_hangs_is_found_by_where_it_stands(world, phase):
   world.stuck.add(3)
   beat = world.beats[3]
-  world.beats[3] = dataclasses.replace(beat, phase='data')
+  world.beats[3] = dataclasses.replace(beat, phase=phase)
   kill = world.until(Kill)
   assert kill.lost == (3,)
   assert world.time_s == pytest.approx(6 + _PATIENCE.hang_floor_s, abs=1)
@@ -244,8 +265,11 @@ def test_a_loop_that_is_a_step_behind(world):
   assert world.until(Kill).lost == (0,)
 
 
-def test_a_deadlock_is_nobodys_fault(world):
+@pytest.mark.parametrize('phase', ['data', 'device'])
+def test_a_deadlock_is_nobodys_fault(world, phase):
   world.stuck.update(range(4))
+  for slot, beat in world.beats.items():
+    world.beats[slot] = dataclasses.replace(beat, phase=phase)
   kill = world.until(Kill)
   assert kill.lost == () and 'nobody knows' in kill.why
   assert world.until(Start) == Start((0, 1, 2, 3), 'data=4', 1)
@@ -340,20 +364,20 @@ def test_fingerprints_of_different_steps_are_not_compared(world):
 
 def test_a_loss_that_is_not_finite_is_tried_again_once(world):
   world.saved = 4
-  world.end('NonFiniteError', exit_codes.NON_FINITE)
+  world.end(None, exit_codes.NON_FINITE)
   world.saved = 4
   kill = world.until(Kill)
   assert kill.lost == () and 'step 6 is not finite' in kill.why
   assert world.until(Start).slots == (0, 1, 2, 3)
   world.look()  # Step 5 again.
-  world.end('NonFiniteError', exit_codes.NON_FINITE)
+  world.end(None, exit_codes.NON_FINITE)
   finish = world.until(Finish)
   assert finish.code == exit_codes.POISONED
   assert 'step 6' in finish.message and 'non_finite_step_6' in finish.message
 
 
 def test_another_step_that_is_not_finite_is_another_matter(world):
-  world.end('NonFiniteError', exit_codes.NON_FINITE)
+  world.end(None, exit_codes.NON_FINITE)
   world.saved = 4
   world.until(Start)
   world.steps(3)
