@@ -5,8 +5,9 @@ python -m experiments.supervise --config=byte_stdlib_tiny --workdir=runs/e \
 
 Starts `experiments.train_lm` in each process. One that dies, hangs, or holds
 other parameters than its replicas is expelled, and training goes on from the
-last checkpoint (with --snapshot_every=1, from the last step) on the largest mesh that is left, with the same global batch;
-later it grows back. `supervise.jsonl` says what happened when.
+last checkpoint, or with --snapshot_every=1 from the last step, on the largest
+mesh that is left, with the same global batch; later it grows back.
+`supervise.jsonl` says what happened when.
 
 SIGTERM and SIGINT are passed on: the trainers save and end. A second one ends
 them at once. If the supervisor is killed its trainers are, too.
@@ -59,7 +60,7 @@ _FINGERPRINT_EVERY = flags.DEFINE_integer(
 _SNAPSHOT_EVERY = flags.DEFINE_integer(
   'snapshot_every',
   None,
-  'Steps between snapshots in memory, none if not given.',
+  'Steps between snapshots in memory; none by default.',
 )
 _PARITY = flags.DEFINE_integer(
   'num_parity', 1, 'How many keepers of snapshots may be lost.'

@@ -1,6 +1,7 @@
 """The trainers of one incarnation, and what they leave in the run's folder."""
 
 from collections.abc import Callable, Mapping, Sequence
+import os
 import pathlib
 import shutil
 import sys
@@ -39,10 +40,11 @@ class Trainers:
     self._workdir = workdir
     self._beats = workdir / 'heartbeats'
     # Growing back to a mesh compiles nothing that was compiled before.
-    self._env = {
+    cache = {
       'JAX_COMPILATION_CACHE_DIR': str(workdir / 'compilation_cache'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
+    self._env = {k: os.environ.get(k, v) for k, v in cache.items()}
     self._arguments = list(arguments)
     self._devices = devices_per_process
     self._accumulation = accumulation
