@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtrain.checkpoints.in_memory.versions import VersionId
 
 _log = logging.getLogger(__name__)
 _MAX_MAPPED = 8
+_PATIENCE = 10
 
 
 class Feed:
@@ -31,6 +33,25 @@ class Feed:
     self._mapped: dict[int, np.ndarray] = {}
     self._own = np.zeros(0, np.uint8)  # Without a keeper.
     self._version: tuple[VersionId, Group, int] | None = None
+    self._hung_until = 0.0
+    self._is_lost = False
+
+  def check(self) -> None:
+    """Looks whether the keeper is on this host.
+
+    Raises:
+      ValueError: It answers, but from another.
+    """
+    try:
+      self._connect()
+    except wire.WireError as local:
+      try:
+        wire.connect(self.address, self._timeout_s).close()
+      except wire.WireError:
+        return  # It is not there at all; another may be started.
+      raise ValueError(
+        f'keeper {self.address} answers, but is not on the host of its process'
+      ) from local
 
   def begin(
     self, version_id: VersionId, group: Group, index: int
@@ -53,13 +74,11 @@ class Feed:
       'index': index,
     }
     try:
-      if self._peer is None:
-        self._connect()
-      answer, fds = self._peer.ask(message, max_fds=1)
+      answer, fds = self._ask(message)
     except wire.RefusedError:
       raise
     except wire.WireError as e:
-      self._lose(str(e))
+      self._lose(e)
       size = group.stripes.num_data * group.chunk_bytes
       if self._own.size != size:
         self._own = np.zeros(size, np.uint8)
@@ -89,9 +108,12 @@ class Feed:
         'timeout_s': self._timeout_s,
       }
       try:
-        return self._peer.ask(message)[0]
+        # The keeper itself gives up after `timeout_s`, and then answers.
+        return self._peer.ask(message, timeout_s=2 * self._timeout_s)[0]
+      except wire.RefusedError:
+        raise
       except wire.WireError as e:
-        self._lose(str(e))
+        self._lose(e)
     answer = exchange.run_for_trainer(
       version_id, group, index, header, data, self._timeout_s
     )
@@ -105,15 +127,34 @@ class Feed:
     self._peer = None
     self._mapped = {}
 
-  def _connect(self):
-    # The keeper itself gives up after `timeout_s`, and then answers.
-    sock = wire.connect_local(self.address, 2 * self._timeout_s)
-    self._peer = wire.Peer(self.address, sock)
-    self._own = np.zeros(0, np.uint8)
+  def _ask(self, message):
+    """Asks the keeper, or another that was started in its place."""
+    if time.monotonic() < self._hung_until:
+      raise wire.SlowError(f'keeper {self.address} has not answered')
+    if self._peer is not None:
+      try:
+        return self._peer.ask(message, max_fds=1)
+      except (wire.RefusedError, wire.SlowError):
+        raise
+      except wire.WireError:
+        self.close()
+    self._connect()
+    return self._peer.ask(message, max_fds=1)
 
-  def _lose(self, why):
-    if self._peer is not None or not self._own.size:
-      _log.warning('Snapshots go on without a keeper: %s', why)
+  def _connect(self):
+    sock = wire.connect_local(self.address, self._timeout_s)
+    self._peer = wire.Peer(self.address, sock)
+    if self._is_lost:
+      _log.warning('Keeper %s is back', self.address)
+    self._is_lost = False
+
+  def _lose(self, error):
+    if not self._is_lost:
+      _log.warning('Snapshots are taken without a keeper: %s', error)
+    self._is_lost = True
+    if isinstance(error, wire.SlowError):
+      # Not to wait for it at every step.
+      self._hung_until = time.monotonic() + _PATIENCE * self._timeout_s
     self.close()
 
   def _map(self, number, fd, num_bytes):

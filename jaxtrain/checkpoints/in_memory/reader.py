@@ -172,6 +172,7 @@ class Reader:
     self._connections: list[wire.Peer] = []
     self._gone: dict[int, str] = dict(found.missing)
     self.damaged: set[tuple[str, str]] = set()
+    self._sound: set[tuple[int, int, int]] = set()  # Blocks in `data`.
     self.headers: dict[int, dict[str, Any]] = {}
     self._row_checksums: dict[int, list[list[int]] | None] = {}
     for i in sorted(found.has_data | found.has_parity):
@@ -244,15 +245,14 @@ class Reader:
       member, -1, start, stop, into
     ):
       return everything
-    return [
-      (member, block)
-      for block in blocks
-      if not self._is_sound(member, *block, self._part(member, *block))
-    ]
-
-  def _part(self, member, chunk, block):
-    start, stop = self._bounds(member, chunk, block)
-    return self.data[member][start:stop]
+    lost = []
+    for block in blocks:
+      begin, end = self._bounds(member, *block)
+      if self._is_sound(member, *block, self.data[member][begin:end]):
+        self._sound.add((member, *block))
+      else:
+        lost.append((member, block))
+    return lost
 
   def _is_sound(self, member, chunk, block, part):
     if not part.size:
@@ -330,6 +330,9 @@ class Reader:
     start, stop = self._bounds(member, chunk, block)
     read = np.zeros(size, np.uint8)
     used = read[: stop - start]
+    if (member, chunk, block) in self._sound:
+      used[:] = self.data[member][start:stop]
+      return read
     if used.size and member not in self.found.has_data:
       return None
     if not self._read(member, -1, start, stop, used):

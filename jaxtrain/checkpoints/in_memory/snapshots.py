@@ -23,9 +23,10 @@ and says so in a line. Then in every trainer, with the same arguments:
     snapshots.save(step, state, data_state=...)  # Every step.
 
 There are r keepers for each process, `keepers[r * i : r * (i + 1)]` being of
-process i and on its host. A process that dies costs nothing. A keeper that dies
-costs one of the `num_parity` losses that the group survives, until another is
-started at its address and the next snapshot is taken.
+process i and on its host; to survive the loss of a host, `num_parity` must be
+at least r. A process that dies costs nothing. A keeper that dies costs one of
+the `num_parity` losses that the group survives, until another is started at its
+address and the next snapshot is taken.
 
 A new generation with other members (a host is lost, or one more is there): give
 the new trainers the addresses that they shall use from now on, each host its
@@ -47,6 +48,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.checkpoints import abstract
 from jaxtrain.checkpoints import staging
@@ -84,7 +86,8 @@ class InMemorySnapshots:
   Raises:
     ValueError: Addresses that are none or there twice, `num_parity` not in
       1..len(keepers) - 1, processes that do not divide keepers, an unknown
-      `when_busy`, or keepers that do not answer, all of them.
+      `when_busy`, keepers on other hosts than their processes, or that do not
+      answer, all of them.
   """
 
   def __init__(
@@ -100,17 +103,20 @@ class InMemorySnapshots:
     self._keepers = tuple(keepers)
     self._timeout_s = timeout_s
     self._when_busy = when_busy
+    found, silent = reader.find(self._keepers, timeout_s)
     if generation is None:
-      generation = processes.agree(time.time_ns())
+      # Clocks of hosts differ: whatever it says, later than all that is there.
+      latest = max((f.id[0] for f in found), default=0)
+      generation = processes.agree(max(time.time_ns(), latest + 1))
+    if not found and len(silent) == len(keepers):
+      raise ValueError(f'no keeper answers: {"; ".join(silent.values())}')
     self._writer = Writer(self._keepers, num_parity, generation, timeout_s)
     self._busy: threading.Thread | None = None
     self._error: BaseException | None = None
     self.blocked_s = 0.0
     self.saved = self.failed = 0
     self.absent: dict[str, str] = {}
-    found, silent = reader.find(self._keepers, timeout_s)
-    if not found and len(silent) == len(keepers):
-      raise ValueError(f'no keeper answers: {"; ".join(silent.values())}')
+    self._writer.check()
 
   @classmethod
   def from_file(
@@ -166,8 +172,11 @@ class InMemorySnapshots:
     self.wait()
     self.blocked_s += time.perf_counter() - start
     about = {'data_state': data_state, 'metadata': metadata or {}}
-    # A copy: donation may overwrite `state` from now on.
-    leaves = abstract.leaves(staging.to_host(state))
+    # Copies: the caller may overwrite `state` from now on.
+    leaves = {
+      name: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+      for name, leaf in abstract.leaves(staging.to_host(state)).items()
+    }
     self._busy = threading.Thread(
       target=self._write, args=(step, leaves, about), daemon=True
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 _LENGTH = struct.Struct('<I')
 _MAX_HEADER = 1 << 28
+_CONNECT_S = 5.0  # A host without power does not even refuse.
 
 
 class WireError(ConnectionError):
@@ -21,6 +22,10 @@ class WireError(ConnectionError):
 
 class RefusedError(WireError):
   """The other side is there, and does not do what it is asked."""
+
+
+class SlowError(WireError):
+  """The other side does not answer in time."""
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -45,15 +50,20 @@ def connect(address: str, timeout_s: float) -> socket.socket:
 
   Args:
     address: 'host:port'.
-    timeout_s: For connecting, and later for every step of a message.
+    timeout_s: For every step of a message, and at most 5 s to connect.
 
   Raises:
     WireError: Nobody is there.
   """
   try:
-    sock = socket.create_connection(parse_address(address), timeout_s)
+    sock = socket.create_connection(
+      parse_address(address), min(timeout_s, _CONNECT_S)
+    )
+  except TimeoutError as e:
+    raise SlowError(f'keeper {address} does not answer') from e
   except OSError as e:
     raise WireError(f'no keeper at {address} ({e})') from e
+  sock.settimeout(timeout_s)
   sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   return sock
 
@@ -158,6 +168,7 @@ class Peer:
     buffers: Sequence[memoryview] = (),
     into: memoryview | None = None,
     max_fds: int = 0,
+    timeout_s: float | None = None,
   ) -> tuple[dict[str, Any], list[int]]:
     """Sends a message and receives the answer.
 
@@ -166,14 +177,18 @@ class Peer:
       buffers: Bytes to go with it.
       into: Where the bytes of the answer go, exactly as many.
       max_fds: How many open files may come back.
+      timeout_s: Instead of the connection's, from now on.
 
     Returns:
       The header of the answer, and the files.
 
     Raises:
-      WireError: The keeper is gone or too slow.
+      WireError: The keeper is gone.
+      SlowError: It does not answer in time.
       RefusedError: It says what is wrong.
     """
+    if timeout_s is not None:
+      self._sock.settimeout(timeout_s)
     try:
       send(self._sock, header, buffers)
       answer, fds = receive(self._sock, max_fds)
@@ -187,6 +202,8 @@ class Peer:
         receive_into(self._sock, into)
     except RefusedError:
       raise
+    except TimeoutError as e:
+      raise SlowError(f'keeper {self.address} does not answer') from e
     except (OSError, ValueError) as e:
       raise WireError(f'keeper {self.address}: {e or type(e).__name__}') from e
     return answer, fds

@@ -61,10 +61,6 @@ class Writer:
     Raises:
       ValueError: A keeper has a later version.
     """
-    leaves = {
-      k: x if isinstance(x, jax.Array) else np.asarray(x)
-      for k, x in leaves.items()
-    }
     layout, sources = self._planned(leaves)
     stripes = Stripes(len(self._keepers), self._num_parity)
     group = Group(
@@ -90,6 +86,11 @@ class Writer:
       'absent': {k: v for r in results for k, v in r['absent'].items()},
       'reason': next((r['reason'] for r in results if r['reason']), None),
     }
+
+  def check(self) -> None:
+    """Raises `ValueError` if a keeper of this process is on another host."""
+    for feed in self._feeds.values():
+      feed.check()
 
   def close(self) -> None:
     """Closes connections."""
