@@ -13,9 +13,13 @@ import optax
 import pytest
 
 from jaxtrain import goodput
+from jaxtrain import heartbeat
 from jaxtrain import loop
 from jaxtrain import metrics as metrics_lib
+from jaxtrain.checkpoints.in_memory.keeper import Keeper
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.checkpoints.manager import CheckpointManager
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.sharding import PRESETS
@@ -256,6 +260,83 @@ def test_waiting_for_data_is_data(tmp_path):
   seconds = _train(dataset=Slow()).goodput
   # A step on the device hides some of it.
   assert 0.1 < seconds['data'] < 0.3
+
+
+class _Dying(_Batches):
+  """An error instead of the eighth batch."""
+
+  def __iter__(self):
+    class Dying(_Iterator):
+      def __next__(self):
+        if self._index == 7:
+          raise OSError('the disk is gone')
+        return super().__next__()
+
+    return Dying(self)
+
+
+@pytest.fixture
+def keepers():
+  keepers = [Keeper() for _ in range(2)]
+  yield [k.address for k in keepers]
+  for keeper in keepers:
+    keeper.close()
+
+
+@pytest.mark.parametrize('spec', _MESHES)
+def test_goes_on_from_the_newest_of_memory_and_storage(spec, tmp_path, keepers):
+  def train(**options):
+    with InMemorySnapshots(keepers) as snapshots:
+      options = dict(snapshots=snapshots, snapshot_every=2) | options
+      return _train(spec, workdir=tmp_path, save_every=3, **options)
+
+  with pytest.raises(OSError, match='the disk'):
+    train(dataset=_Dying())
+  with CheckpointManager(tmp_path / 'checkpoints') as manager:
+    assert manager.all_steps() == [3, 6]
+  with InMemorySnapshots(keepers) as snapshots:
+    assert snapshots.steps() == [4, 6]
+  # Of the same step, memory.
+  shutil.rmtree(tmp_path / 'checkpoints' / '00000006')
+  result = train(steps=9)
+  assert [r['step'] for r in result.history] == [7, 8, 9]
+  # Storage has step 9, memory 8.
+  result = train()
+  assert [r['step'] for r in result.history] == [10]
+  _assert_same_state(result, _straight(spec))
+
+
+def test_a_supervisor_is_told(tmp_path):
+  path = tmp_path / 'beat.json'
+  phases = []
+
+  class Watched(_Batches):
+    def __iter__(self):
+      for batch in _Batches():
+        phases.append(beat._beat.phase)
+        yield batch
+
+  with Heartbeat(path, fingerprint_every=4) as beat:
+    result = _train(_MESHES[1], dataset=Watched(), heartbeat=beat)
+  seen = heartbeat.read(path)
+  assert (seen.first_step, seen.step, seen.ended) == (0, 10, 'steps')
+  assert set(phases) == {'data'} and seen.phase == 'start'
+  assert list(seen.fingerprints) == [4, 8]
+  # The parameters are not split along `data`: each group has two devices.
+  for groups in seen.fingerprints.values():
+    assert len(groups) == 4
+    assert all(len(sums) == 1 for sums in groups.values())
+  assert seen.fingerprints[4] != seen.fingerprints[8]
+  assert result.num_programs == 3
+  _assert_same_state(result, _straight(_MESHES[1]))
+
+
+def test_a_supervisor_is_told_of_errors(tmp_path):
+  with pytest.raises(loop.NonFiniteError):
+    beat = Heartbeat(tmp_path / 'beat.json')
+    _train(dataset=_Batches(bad=2), heartbeat=beat)
+  seen = heartbeat.read(tmp_path / 'beat.json')
+  assert (seen.step, seen.ended, seen.error) == (2, None, 'NonFiniteError')
 
 
 def test_nothing_compiles_after_the_first_step():
