@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 import matplotlib
+from matplotlib import axes
 from matplotlib import figure
 from matplotlib import ticker
 
@@ -176,26 +177,28 @@ def goodput_figure(record: goodput_lib.Record) -> figure.Figure:
   count = len(record.incarnations)
   fig, ax = _axes('seconds since the run began', 'incarnation')
   fig.set_size_inches(6.4, 1.4 + 0.35 * min(count, 12))
-  left, labelled = 0.0, set()
-  for row, incarnation in enumerate(record.incarnations, 1):
-    for category in _TIME_COLORS:
-      seconds = incarnation.seconds.get(category, 0.0)
-      if seconds <= 0:
-        continue
-      ax.barh(
-        row, seconds, left=left, height=0.7, color=_TIME_COLORS[category],
-        label=None if category in labelled else category,
-      )  # fmt: skip
-      labelled.add(category)
-      left += seconds
-  ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
-  ax.set_ylim(count + 0.6, 0.4)
-  ax.grid(axis='y', visible=False)
-  if labelled:
+  draw_goodput(ax, record)
+  if ax.get_legend_handles_labels()[0]:
     fig.legend(
       frameon=False, labelcolor=_INK, loc='outside upper center', ncols=5
     )
   return fig
+
+
+def draw_goodput(ax: axes.Axes, record: goodput_lib.Record) -> None:
+  """The bars of `goodput_figure` on given axes, labelled for a legend."""
+  left, labelled = 0.0, set()
+  for row, incarnation in enumerate(record.incarnations, 1):
+    for category, color in _TIME_COLORS.items():
+      seconds = incarnation.seconds.get(category, 0.0)
+      if seconds > 0:
+        label = None if category in labelled else category
+        ax.barh(row, seconds, left=left, height=0.7, color=color, label=label)
+        labelled.add(category)
+        left += seconds
+  ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
+  ax.set_ylim(len(record.incarnations) + 0.6, 0.4)
+  ax.grid(axis='y', visible=False)
 
 
 def _goodput_section(record):

@@ -116,9 +116,6 @@ def train(
     model, tx, mesh, rules, context=context, **step_options
   )
   shown = Progress(steps, shown=progress and jax.process_index() == 0)
-  evaluation = None
-  if eval_dataset is not None:
-    evaluation = Evaluation(eval_dataset, eval_every, eval_batches)
   with (
     heartbeat or contextlib.nullcontext(),
     shown,
@@ -126,26 +123,20 @@ def train(
     RunFiles(workdir, save_every, keep) as files,
   ):
     run = Run(
-      model=model,
-      tx=tx,
-      mesh=mesh,
-      rules=rules,
-      step_fn=step_fn,
-      files=files,
-      shown=shown,
-      steps=steps,
-      log_every=log_every,
-      metadata=metadata,
-      evaluation=evaluation,
-      context=context,
-      heartbeat=heartbeat,
-      snapshots=snapshots,
+      model=model, tx=tx, mesh=mesh, rules=rules, step_fn=step_fn, files=files,
+      shown=shown, steps=steps, log_every=log_every, metadata=metadata,
+      evaluation=_evaluation(eval_dataset, eval_every, eval_batches),
+      context=context, heartbeat=heartbeat, snapshots=snapshots,
       snapshot_every=snapshot_every,
-    )
+    )  # fmt: skip
     run.start(dataset, seed)
     stopped_by = run.loop(stop)
     run.finish(stopped_by)
   return run.result(stopped_by)
+
+
+def _evaluation(dataset, every, batches):
+  return None if dataset is None else Evaluation(dataset, every, batches)
 
 
 def _check_sizes(**sizes):

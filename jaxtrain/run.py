@@ -6,7 +6,6 @@ for step n, step n + 1 is already on the device.
 """
 
 from collections.abc import Iterable
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -22,7 +21,6 @@ import numpy as np
 import optax
 
 from jaxtrain import distributed
-from jaxtrain import fingerprint as fingerprint_lib
 from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
@@ -40,6 +38,7 @@ from jaxtrain.progress import Progress
 from jaxtrain.sharding.partition import named_sharding
 from jaxtrain.sharding.rules import ShardingRules
 from jaxtrain.train_state import TrainState
+from jaxtrain.watch import Watch
 
 Dataset = Iterable[dict[str, np.ndarray]]
 
@@ -150,19 +149,17 @@ class Run:
   def __post_init__(self):
     self.batch_sharding = named_sharding(self.mesh, self.rules, 'batch', 'seq')
     self.compiled = self.eval_step = self.meter = self.batch_shape = None
-    self.fingerprint = self.device_groups = None
     self.compile_s, self.num_programs = 0.0, 0
     self.saved_at = self.evaluated_at = self.snapshot_at = None
     self.history, self.window = [], []
     self.goodput = self.files.goodput
+    self.watch = Watch(self.goodput, self.heartbeat, self.mesh)
 
   def start(self, dataset: Dataset, seed: int) -> None:
     """Makes the first state, or reads the latest checkpoint."""
     with self.goodput.measure(self.goodput.start_category):
       self._start(dataset, seed)
-    self.goodput.resumed(self.step)
-    if self.heartbeat:
-      self.heartbeat.resumed(self.step)
+    self.watch.resumed(self.step)
     self.shown.start(self.step)
 
   def _start(self, dataset, seed):
@@ -212,16 +209,8 @@ class Run:
 
   def loop(self, stop: StopSignal) -> str | None:
     """Makes the steps; returns why it ended early, or `None`."""
-    with self._doing('step'):
+    with self.watch.doing('step'):
       return self._loop(stop)
-
-  @contextlib.contextmanager
-  def _doing(self, category):
-    """What goes on inside, for the account of time and for a supervisor."""
-    heartbeat = self.heartbeat
-    phase = heartbeat.phase(category) if heartbeat else contextlib.nullcontext()
-    with phase, self.goodput.measure(category) as span:
-      yield span
 
   def _loop(self, stop):
     ahead = None
@@ -231,9 +220,12 @@ class Run:
         self._read(ahead)
         return 'data'
       metrics = self._step(batch, stop.flags(self.mesh))
+      fingerprint = self.watch.fingerprint(
+        self.step, self.state.params, self._is_save_due(), self._compile
+      )
       behind, ahead = (
         ahead,
-        _Dispatched(self.step, metrics, batch, self._fingerprint()),
+        _Dispatched(self.step, metrics, batch, fingerprint),
       )
       stopped = self._read(behind)
       if stopped or self._is_anything_due():
@@ -251,13 +243,8 @@ class Run:
     self._read(ahead)
     return None
 
-  def _on_device(self):
-    """Tells a supervisor that here it is the others who are waited for."""
-    heartbeat = self.heartbeat
-    return heartbeat.phase('device') if heartbeat else contextlib.nullcontext()
-
   def _next_batch(self, ahead):
-    with self._doing('data') as wait:
+    with self.watch.doing('data') as wait:
       batch = next(self.iterator, None)
       # While the devices have a step to make, nothing is lost.
       if ahead is not None and not ahead.metrics['stop'].is_ready():
@@ -273,11 +260,9 @@ class Run:
         self._evaluate()
     self._save(force=True)
     if self.files.checkpoints:
-      with self._doing('checkpoint'):
+      with self.watch.doing('checkpoint'):
         self.files.checkpoints.wait()
-    self.goodput.end(stopped_by or 'steps')
-    if self.heartbeat:
-      self.heartbeat.end(stopped_by or 'steps')
+    self.watch.end(stopped_by or 'steps')
 
   def result(self, stopped_by: str | None) -> TrainResult:
     """What has been done."""
@@ -317,26 +302,14 @@ class Run:
         f'shape {self.batch_shape}; the step is compiled for one shape'
       )
     # On CPUs this may wait for the other processes.
-    with self._on_device():
+    with self.watch.on_device():
       self.state, metrics = self.compiled(self.state, arrays, flags)
     self.step += 1
     return metrics
 
-  def _fingerprint(self):
-    """Dispatches a checksum of the parameters, if one is due."""
-    every = self.heartbeat and self.heartbeat.fingerprint_every
-    if not every or not (self.step % every == 0 or self._is_save_due()):
-      return None
-    params = self.state.params
-    if self.fingerprint is None:
-      function = fingerprint_lib.make_fingerprint(params, self.mesh)
-      self.fingerprint = self._compile('fingerprint', function, params)
-      self.device_groups = fingerprint_lib.groups(params, self.mesh)
-    return self.fingerprint(params)
-
   def _compile(self, name, function, *args):
     start = time.perf_counter()
-    with self._doing('compile'):
+    with self.watch.doing('compile'):
       compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
     self.compile_s += seconds
@@ -348,21 +321,14 @@ class Run:
     """Waits for a step, checks and notes its metrics; whether to stop."""
     if dispatched is None:
       return False
-    with self._on_device():
+    with self.watch.on_device():
       metrics = {k: float(v) for k, v in dispatched.metrics.items()}
     stop = bool(metrics.pop('stop'))
     self.meter.step()
     self.shown.step()
     if not metrics.pop('finite'):
       raise NonFiniteError(self._describe(dispatched, metrics))
-    self.goodput.step_done(dispatched.step)
-    if self.heartbeat:
-      if dispatched.fingerprint is not None:
-        sums = fingerprint_lib.by_group(
-          dispatched.fingerprint, self.device_groups
-        )
-        self.heartbeat.fingerprint(dispatched.step, sums)
-      self.heartbeat.step_done(dispatched.step)
+    self.watch.step_done(dispatched.step, dispatched.fingerprint)
     self.window.append(metrics)
     if dispatched.step % self.log_every == 0:
       self._log(dispatched.step)
@@ -410,7 +376,7 @@ class Run:
     )
 
   def _evaluate(self):
-    with self._doing('evaluation'):
+    with self.watch.doing('evaluation'):
       values = self._evaluation()
     self.evaluated_at = self.step
     self._note(self.step, values)
@@ -440,7 +406,7 @@ class Run:
       return
     if not (force or self._is_save_due()):
       return
-    with self._doing('checkpoint'):
+    with self.watch.doing('checkpoint'):
       checkpoints.save(
         self.step,
         vars(self.state),
@@ -454,7 +420,7 @@ class Run:
   def _snapshot(self):
     if not self._is_snapshot_due() or self.snapshot_at == self.step:
       return
-    with self._doing('checkpoint'):
+    with self.watch.doing('checkpoint'):
       self.snapshots.save(
         self.step,
         vars(self.state),

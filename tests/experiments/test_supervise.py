@@ -143,8 +143,8 @@ def test_garbage_hang_and_freeze_are_found(straight, tmp_path):
   process = _supervise(
     tmp_path,
     '--regrow_after_s=1e9',
-    '--hang_floor_s=5',
-    '--alive_s=8',
+    '--hang_floor_s=10',
+    '--alive_s=15',
     steps=30,
     faults=[(2, 6, 'flip'), (0, 14, 'freeze'), (1, 22, 'hang')],
   )
