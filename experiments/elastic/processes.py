@@ -62,13 +62,16 @@ class Child:
     if self.exit_code() is None:
       self._process.terminate()
 
-  def kill(self) -> None:
-    """Ends it and what it has started."""
+  def send_kill(self) -> None:
+    """Sends SIGKILL to it and what it has started, stopped or not."""
     try:
-      # Those that are stopped die of this signal, too.
       os.killpg(self.pid, signal.SIGKILL)
     except ProcessLookupError:
       pass
+
+  def kill(self) -> None:
+    """Ends it and what it has started."""
+    self.send_kill()
     self._process.wait()
     self._reader.join(timeout=5)
 

@@ -1,7 +1,6 @@
 """The trainers of one incarnation, and what they leave in the run's folder."""
 
 from collections.abc import Callable, Mapping, Sequence
-import os
 import pathlib
 import shutil
 import sys
@@ -39,12 +38,6 @@ class Trainers:
   ):
     self._workdir = workdir
     self._beats = workdir / 'heartbeats'
-    # Growing back to a mesh compiles nothing that was compiled before.
-    cache = {
-      'JAX_COMPILATION_CACHE_DIR': str(workdir / 'compilation_cache'),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
-    self._env = {k: os.environ.get(k, v) for k, v in cache.items()}
     self._arguments = list(arguments)
     self._devices = devices_per_process
     self._accumulation = accumulation
@@ -69,14 +62,19 @@ class Trainers:
     ]
     if len(plan.slots) > 1:
       shared.append(f'--coordinator=127.0.0.1:{processes.free_port()}')
+    env = {}
     if self._devices:
       shared.append(f'--simulate_devices={self._devices}')
+      if len(plan.slots) > 1:
+        # Only process 0 writes to JAX's cache of programs. On CPUs one that is
+        # read and one that is compiled order their collectives differently.
+        env['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
     if plan.accumulation != self._accumulation:
       shared.append(f'--override=accumulation={plan.accumulation}')
     for index, slot in enumerate(plan.slots):
       own = [f'--process_id={index}', f'--heartbeat={self._file(slot)}']
       self._children[slot] = processes.Child(
-        str(slot), [*self._program, *shared, *own], self._say, self._env
+        str(slot), [*self._program, *shared, *own], self._say, env
       )
 
   def exits(self) -> dict[int, int]:
@@ -100,6 +98,8 @@ class Trainers:
 
   def kill(self) -> None:
     """Ends all that is left of them."""
+    for child in self._children.values():
+      child.send_kill()  # Before they can see each other die.
     for child in self._children.values():
       child.kill()
     self._children = {}
