@@ -8,7 +8,8 @@ Three measurements, all on this machine, keepers in processes of their own:
 * parity: bytes of data encoded and decoded per second on one core, over those
   of `memcpy`, taking turns;
 * steps: training steps of a small Llama with and without a snapshot after each
-  one, rounds taking turns; the ratio is of the medians of a step;
+  one, rounds taking turns; ratios of the median seconds of a step, and of the
+  CPU seconds of the trainer and all keepers;
 * restore: the last state back from the keepers, from the keepers with
   `num_parity` of them killed, and from a checkpoint on disk that is still in
   the page cache, taking turns.
@@ -152,6 +153,12 @@ class _Trainer:
     )
     self.num_steps = 0
 
+  def snapshot(self, snapshots):
+    """One more snapshot, whole when this returns."""
+    self.num_steps += 1
+    snapshots.save(self.num_steps, vars(self.state))
+    snapshots.wait()
+
   def num_bytes(self):
     """Of the state."""
     return sum(x.nbytes for x in jax.tree.leaves(vars(self.state)))
@@ -177,34 +184,34 @@ def _time_steps(trainer, keepers):
     snapshots.wait()
     snapshots.blocked_s = 0.0
     seconds = {'without': [], 'with': []}
-    before = [_cpu_seconds(k.process.pid) for k in keepers]
+    cpu = {'without': [], 'with': []}
     for _ in range(_ROUNDS.value):
       for name, which in (('without', None), ('with', snapshots)):
+        before = time.process_time(), _cpu_seconds(keepers)
         seconds[name] += [trainer.step(which) for _ in range(_STEPS.value)]
         snapshots.wait()
-    after = [_cpu_seconds(k.process.pid) for k in keepers]
+        after = time.process_time(), _cpu_seconds(keepers)
+        cpu[name].append(np.subtract(after, before) / _STEPS.value)
     count = len(seconds['with'])
     if snapshots.failed or snapshots.absent or snapshots.saved != count + 3:
       raise AssertionError(f'{snapshots.failed} snapshots failed')
     alone = [
-      _seconds(
-        lambda: (
-          snapshots.save(1000 + i, vars(trainer.state)),
-          snapshots.wait(),
-        )
-      )
-      for i in range(_ROUNDS.value)
+      _seconds(lambda: trainer.snapshot(snapshots))
+      for _ in range(_ROUNDS.value)
     ]
-    trainer.num_steps = 1000 + _ROUNDS.value - 1
-    medians = {f'{k}_s': _median(v) for k, v in seconds.items()}
-    return dict(
-      state_bytes=trainer.num_bytes(),
-      **medians,
-      ratio=round(medians['with_s'] / medians['without_s'], 3),
-      blocked_s_per_step=round(snapshots.blocked_s / count, 4),
-      keeper_cpu_s_per_step=round((sum(after) - sum(before)) / count, 4),
-      snapshot_alone_s=_median(alone),
-    )
+  medians = {f'{k}_s': _median(v) for k, v in seconds.items()}
+  cpu_s = {k: np.median(v, axis=0) for k, v in cpu.items()}
+  return dict(
+    state_bytes=trainer.num_bytes(),
+    **medians,
+    ratio=round(medians['with_s'] / medians['without_s'], 3),
+    trainer_cpu_without_s=round(cpu_s['without'][0], 3),
+    trainer_cpu_with_s=round(cpu_s['with'][0], 3),
+    keepers_cpu_s=round(cpu_s['with'][1], 3),
+    cpu_ratio=round(cpu_s['with'].sum() / cpu_s['without'].sum(), 3),
+    blocked_s_per_step=round(snapshots.blocked_s / count, 4),
+    snapshot_alone_s=_median(alone),
+  )
 
 
 def _time_restore(trainer, keepers):
@@ -245,11 +252,14 @@ def _time_one(source, trainer, check):
   return seconds
 
 
-def _cpu_seconds(pid):
-  """User and system time of a process; Linux."""
-  fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2]
-  user, system = fields.split()[11:13]
-  return (int(user) + int(system)) / _TICKS_PER_S
+def _cpu_seconds(keepers):
+  """User and system time of all keepers; Linux."""
+  ticks = 0
+  for keeper in keepers:
+    stat = pathlib.Path(f'/proc/{keeper.process.pid}/stat').read_text()
+    user, system = stat.rpartition(')')[2].split()[11:13]
+    ticks += int(user) + int(system)
+  return ticks / _TICKS_PER_S
 
 
 def _seconds(call):

@@ -4,9 +4,11 @@ The trainer is a process without jax that writes bytes made of the step's number
 as fast as it can, says which steps counted, and is killed at a random moment.
 """
 
+import json
 import pathlib
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +18,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.checkpoints.in_memory import checksums
+from jaxtrain.checkpoints.in_memory import exchange
 from jaxtrain.checkpoints.in_memory import reader
+from jaxtrain.checkpoints.in_memory import wire
 from jaxtrain.checkpoints.in_memory.exchange import Exchange
 from jaxtrain.checkpoints.in_memory.feed import Feed
 from jaxtrain.checkpoints.in_memory.keeper import Keeper
@@ -95,7 +99,7 @@ class _Trainer:
     return self.steps[-1]
 
 
-def _read(addresses):
+def _read(addresses, dtype=np.int64):
   """The step that everything of the newest whole version is made of."""
   found, silent = reader.find(addresses, 20)
   chosen = reader.choose(found, None)
@@ -103,15 +107,9 @@ def _read(addresses):
   with reader.Reader(chosen, 20) as source:
     source.fetch({i: [(0, h['num_bytes'])] for i, h in source.headers.items()})
     assert not source.damaged
-    values = {int(x) for d in source.data.values() for x in _ends(d)}
     for data in source.data.values():
-      assert (data.view(np.int64) == chosen.id[1]).all(), values
+      np.testing.assert_array_equal(data.view(dtype), chosen.id[1])
   return chosen.id[1]
-
-
-def _ends(data):
-  numbers = data.view(np.int64)
-  return numbers[0], numbers[-1]
 
 
 @pytest.mark.parametrize('num_parity', [1, 2])
@@ -149,130 +147,159 @@ def test_killed_at_random_moments(num_parity):
       keeper.kill()
 
 
-def _threads(count):
-  keepers = [Keeper() for _ in range(count)]
-  return keepers, tuple(k.address for k in keepers)
+class _Members:
+  """Keepers in threads, and a trainer for each."""
 
+  def __init__(self, count):
+    self.keepers = [Keeper() for _ in range(count)]
+    self.addresses = tuple(k.address for k in self.keepers)
+    self.group = Group(self.addresses, 1, 64)
+    self.feeds = [Feed(address, 5.0) for address in self.addresses]
 
-def _header(data, used):
-  sums = [checksums.of_chunk(c) for c in data.reshape(-1, 64)]
-  return {'num_bytes': used, 'checksums': sums}
+  def __enter__(self):
+    return self
 
+  def __exit__(self, *error):
+    for keeper in self.keepers:
+      keeper.close()
 
-def test_half_a_contribution_spoils_a_version_and_not_the_one_before():
-  keepers, members = _threads(3)
-  group = Group(members, 1, 64)
-  feeds = [Feed(m, 5.0) for m in members]
-
-  def write(step, indices):
-    results = {}
+  def start(self, step, indices):
+    """Starts to write a version; threads, and where their answers come."""
+    answers = {}
 
     def one(i):
-      data = feeds[i].begin((0, step), group, i)
+      data = self.feeds[i].begin((0, step), self.group, i)
       data[:] = step
-      results[i] = feeds[i].end(_header(data, 128), data)
+      answers[i] = self.feeds[i].end(_header(data), data)
 
     jobs = [threading.Thread(target=one, args=(i,)) for i in indices]
     for job in jobs:
       job.start()
-    return jobs, results
+    return jobs, answers
 
-  jobs, results = write(1, range(3))
-  for job in jobs:
-    job.join()
-  assert all(r['is_committed'] for r in results.values())
-  jobs, results = write(2, [0, 1])
-  # Member 2 says that it sends 64 bytes, sends 10 and dies.
-  exchange = Exchange((0, 2), group, 2, 5.0)
-  ((chunk, row),) = group.stripes.chunks_for(2, 0)
-  message = {
-    'op': 'contribute',
-    'version': (0, 2),
-    'group': group.to_json(),
-    'sender': 2,
-    'receiver': 0,
-    'header': {},
-    'chunks': [(chunk, row, 10)],
-    'bytes': 0,
-  }
-  peer = exchange._to(0)
-  peer._sock.sendall(_frame(message) + b'x' * 5)
-  peer.close()
-  for job in jobs:
-    job.join(10)
-  assert not any(r['is_committed'] for r in results.values())
-  assert 'a member was lost while it sent' in results[0]['reason']
-  assert members[0] in results[1]['reason']
-  found, _ = reader.find(members, 5)
-  assert reader.choose(found, None).id == (0, 1)
-  # The same step cannot be begun again, a later one can.
-  with pytest.raises(RefusedError, match='step 2 does not come after'):
-    feeds[0].begin((0, 2), group, 0)
-  jobs, results = write(3, range(3))
-  for job in jobs:
-    job.join()
-  assert all(r['is_committed'] for r in results.values())
-  for keeper in keepers:
-    assert [v['version'] for v in keeper.versions.describe()] == [
-      (0, 1),
-      (0, 3),
+  def write(self, step):
+    """Writes a version that counts."""
+    jobs, answers = self.start(step, range(len(self.keepers)))
+    for job in jobs:
+      job.join(10)
+    assert all(a['is_committed'] for a in answers.values()), answers
+
+  def steps(self):
+    """Steps that each keeper has."""
+    return [
+      [v['version'][1] for v in k.versions.describe()] for k in self.keepers
     ]
-    keeper.close()
+
+
+def _header(data):
+  sums = [checksums.of_chunk(c) for c in data.reshape(-1, 64)]
+  return {'num_bytes': data.size, 'checksums': sums}
+
+
+def test_half_a_contribution_spoils_a_version_and_not_the_one_before():
+  with _Members(3) as members:
+    members.write(1)
+    jobs, answers = members.start(2, [0, 1])
+    # Member 2 says that it sends 64 bytes, sends 10 and dies.
+    ((chunk, row),) = members.group.stripes.chunks_for(2, 0)
+    message = {
+      'op': 'contribute',
+      'version': (0, 2),
+      'group': members.group.to_json(),
+      'sender': 2,
+      'receiver': 0,
+      'header': {},
+      'chunks': [(chunk, row, 64)],
+      'bytes': 64,
+    }
+    sock = wire.connect(members.addresses[0], 5)
+    sock.sendall(_frame(message) + b'x' * 10)
+    sock.close()
+    for job in jobs:
+      job.join(10)
+    assert not any(a['is_committed'] for a in answers.values())
+    assert 'a member was lost while it sent' in answers[0]['reason']
+    assert members.addresses[0] in answers[1]['reason']
+    found, _ = reader.find(members.addresses, 5)
+    assert reader.choose(found, None).id == (0, 1)
+    # The same step cannot be begun again, a later one can.
+    with pytest.raises(RefusedError, match='step 2 does not come after'):
+      members.feeds[0].begin((0, 2), members.group, 0)
+    members.write(3)
+    assert members.steps() == [[1, 3]] * 3
+
+
+@pytest.mark.parametrize('reached', [[], [0], [1], [0, 1]])
+def test_a_trainer_goes_on_where_its_keeper_has_died(reached):
+  with _Members(3) as members:
+    members.write(1)
+    jobs, answers = members.start(2, [0, 1])
+    data = np.full(128, 2, np.uint8)
+    dying = Exchange((0, 2), members.group, 2, 5.0)
+    for index in reached:
+      dying._contribute(index, _header(data), data)
+    dying.close()
+    members.keepers[2].close()
+    answer = exchange.run_for_trainer(
+      (0, 2), members.group, 2, _header(data), data, 5.0
+    )
+    assert answer['is_committed'], answer
+    for job in jobs:
+      job.join(10)
+    for i in (0, 1):
+      assert answers[i]['is_committed'], answers
+      assert list(answers[i]['absent']) == [members.addresses[2]]
+    # Of member 2 there is parity alone.
+    assert _read(members.addresses, np.uint8) == 2
+
+
+def test_nothing_goes_before_something_newer_counts():
+  with _Members(3) as members:
+    members.write(1)
+    members.write(2)
+    for step in (3, 4, 5):
+      for i in (0, 1):
+        members.feeds[i].begin((0, step), members.group, i)
+      assert members.steps() == [[1, 2, step], [1, 2, step], [1, 2]]
+      assert _read(members.addresses, np.uint8) == 2
 
 
 def _frame(message):
-  import json
-  import struct
-
   text = json.dumps(message).encode()
   return struct.pack('<I', len(text)) + text
 
 
 def test_what_nobody_finishes_is_not_restored():
-  keepers, members = _threads(2)
-  group = Group(members, 1, 64)
-  data = Feed(members[0], 5.0).begin((0, 1), group, 0)
-  data[:] = 1
-  found, silent = reader.find(members, 5)
-  assert reader.choose(found, None) is None
-  assert 'step 1: nobody knows what' in reader.why_none(found, silent, None)
-  for keeper in keepers:
-    keeper.close()
+  with _Members(2) as members:
+    members.feeds[0].begin((0, 1), members.group, 0)[:] = 1
+    found, silent = reader.find(members.addresses, 5)
+    assert reader.choose(found, None) is None
+    assert 'step 1: nobody knows what' in reader.why_none(found, silent, None)
 
 
 def test_bytes_that_are_no_message_do_no_harm():
-  keepers, members = _threads(1)
-  from jaxtrain.checkpoints.in_memory import wire
-
-  for junk in (b'\xff' * 64, _frame({'op': 'nothing', 'bytes': 0})):
-    sock = wire.connect(members[0], 5)
-    sock.sendall(junk)
-    sock.close()
-  peer = wire.Peer(members[0], wire.connect(members[0], 5))
-  for message in (
-    {'op': 'nothing'},
-    {'op': 'read', 'version': (0, 1), 'part': 0, 'ranges': []},
-    {'op': 'begin'},
-  ):
-    with pytest.raises(RefusedError):
-      peer.ask(message)
-  assert peer.ask({'op': 'versions'})[0]['versions'] == []
-  keepers[0].close()
+  with _Members(2) as members:
+    address = members.addresses[0]
+    for junk in (b'\xff' * 64, _frame({'op': 'nothing', 'bytes': 0})):
+      sock = wire.connect(address, 5)
+      sock.sendall(junk)
+      sock.close()
+    peer = wire.Peer(address, wire.connect(address, 5))
+    for message in (
+      {'op': 'nothing'},
+      {'op': 'read', 'version': (0, 1), 'part': 0, 'ranges': []},
+      {'op': 'begin'},
+    ):
+      with pytest.raises(RefusedError):
+        peer.ask(message)
+    assert peer.ask({'op': 'versions'})[0]['versions'] == []
 
 
 def test_a_keeper_says_why_it_does_not_start():
-  with Keeper_at_a_port() as port:
+  with _Members(2) as members:
+    port = int(members.addresses[0].split(':')[1])
     with pytest.raises(RuntimeError, match=f'127.0.0.1:{port} did not start'):
       KeeperProcess(port=port)
-
-
-class Keeper_at_a_port:
-  def __enter__(self):
-    self._keeper = Keeper()
-    return int(self._keeper.address.split(':')[1])
-
-  def __exit__(self, *error):
-    self._keeper.close()
 
 
 def test_a_keeper_is_small_and_ready_at_once():

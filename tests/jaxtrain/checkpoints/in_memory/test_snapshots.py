@@ -165,18 +165,22 @@ def test_any_loss_and_any_mesh(keepers, num_parity):
     assert 'step 9: ' in str(error.value)
 
 
-def test_donation_does_not_tear_a_snapshot(keepers):
+def test_donation_and_writes_do_not_tear_a_snapshot(keepers):
   bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   mesh = _mesh('all')
   state = {'w': _put(mesh, np.zeros((8, 1 << 16), np.float32), 'x')}
+  host = np.zeros(1000, np.int64)
   with InMemorySnapshots(_addresses(keepers)) as snapshots:
     for step in range(1, 8):
       state = bump(state)
-      snapshots.save(step, state)
+      host += 1
+      snapshots.save(step, {**state, 'host': host})
+    host += 1
     snapshots.wait()
     for step in snapshots.steps():
-      restored, _, _ = snapshots.restore(state, step=step)
+      restored, _, _ = snapshots.restore({**state, 'host': host}, step=step)
       np.testing.assert_array_equal(restored['w'], step)
+      np.testing.assert_array_equal(restored['host'], step)
     assert snapshots.steps()[-1] == 7
 
 
