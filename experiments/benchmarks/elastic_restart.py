@@ -20,7 +20,7 @@ from absl import flags
 from matplotlib import figure
 
 from experiments import report
-from experiments.benchmarks import faulty_trainer
+from experiments.benchmarks import faults as faults_lib
 from jaxtrain import goodput
 from jaxtrain import metrics
 
@@ -47,7 +47,7 @@ _ARMS = {
 
 def _run(folder, faults, arguments):
   """Supervises one run to its end; returns what came of it."""
-  faulty_trainer.write(folder, faults)
+  faults_lib.write(folder, faults)
   subprocess.run(
     [
       *(sys.executable, '-m', 'experiments.supervise'),
@@ -89,7 +89,7 @@ def _failures(folder, events, faults):
   for i, (kill, (slot, step, kind)) in enumerate(
     zip(kills, faults, strict=True)
   ):
-    happened = float((folder / f'fault_{i}_done').read_text())
+    happened = faults_lib.happened_at(folder, i)
     recovered = next(e for e in events[kill:] if e['event'] == 'recovered')
     started = next(e for e in events[kill:] if e['event'] == 'start')
     rows.append(

@@ -2,19 +2,9 @@ r"""`experiments.train_lm` that fails on purpose, to try its supervisor.
 
 python -m experiments.supervise --trainer=experiments.benchmarks.faulty_trainer
 
-It takes the same flags. What goes wrong is said in `faults.json` of the run's
-folder: a list of {'slot', 'step', 'kind', 'always'}. After so many steps the
-process of the slot (the name of its heartbeat file) does what `kind` says, once
-in the whole run, or each time it comes by if `always` is true:
-
-* 'kill': dies of SIGKILL; 'freeze': is stopped by SIGSTOP;
-* 'hang': its loop waits for ever, while its other threads run;
-* 'raise': ends with an exception;
-* 'flip': one bit of one device's copy of the parameters turns over;
-* 'nan': its rows of the next batch have weights that are not numbers.
+It takes the same flags. `faults.py` says how it is told what is to go wrong.
 """
 
-import json
 import os
 import pathlib
 import signal
@@ -27,40 +17,8 @@ import jax
 import numpy as np
 
 from experiments import train_lm
+from experiments.benchmarks import faults
 from jaxtrain import run as run_lib
-
-KINDS = ('kill', 'freeze', 'hang', 'raise', 'flip', 'nan')
-
-
-def write(workdir, faults):
-  """Writes `faults.json`.
-
-  Args:
-    workdir: Folder of the run; is made.
-    faults: (slot, step, kind) or (slot, step, kind, always) each.
-
-  Raises:
-    ValueError: An unknown kind.
-  """
-  if unknown := {f[2] for f in faults} - set(KINDS):
-    raise ValueError(f'{sorted(unknown)} are not of {", ".join(KINDS)}')
-  names = ('slot', 'step', 'kind', 'always')
-  lines = [dict(zip(names, (*f, False), strict=False)) for f in faults]
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / 'faults.json').write_text(json.dumps(lines))
-
-
-def _due(step):
-  """Faults of this process before the next step, which it has not yet had."""
-  workdir = pathlib.Path(flags.FLAGS.workdir)
-  slot = int(pathlib.Path(flags.FLAGS.heartbeat).stem)
-  for i, fault in enumerate(json.loads((workdir / 'faults.json').read_text())):
-    if (fault['slot'], fault['step']) == (slot, step):
-      done = workdir / f'fault_{i}_done'
-      if fault['always'] or not done.exists():
-        done.write_text(str(time.time()))
-        yield fault['kind']
 
 
 def _flip(params):
@@ -80,7 +38,9 @@ def _flip(params):
 
 def _wrapped(make_step):
   def step(run, batch, flags_):
-    for kind in _due(run.step):
+    workdir, heartbeat = flags.FLAGS.workdir, flags.FLAGS.heartbeat
+    slot = int(pathlib.Path(heartbeat).stem)
+    for kind in faults.due(workdir, slot, run.step):
       print(f'fault: {kind} after step {run.step}', file=sys.stderr, flush=True)
       if kind == 'raise':
         raise RuntimeError('a fault that was asked for')

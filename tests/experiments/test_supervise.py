@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments.benchmarks import faulty_trainer
+from experiments.benchmarks import faults as faults_lib
 from experiments.elastic import exit_codes
 from jaxtrain import goodput
 from jaxtrain import metrics
@@ -50,7 +50,7 @@ def _start(module, workdir, *arguments):
 
 
 def _supervise(workdir, *arguments, steps, faults=()):
-  faulty_trainer.write(workdir, faults)
+  faults_lib.write(workdir, faults)
   return _start(
     'experiments.supervise',
     workdir,
