@@ -1,4 +1,4 @@
-"""What is to go wrong in a run of `faulty_trainer`: `faults.json` of its folder.
+"""What is to go wrong in a `faulty_trainer`: `faults.json` of the run's folder.
 
 A list of {'slot', 'step', 'kind', 'always'}. After so many steps the process of
 the slot (the name of its heartbeat file) does what `kind` says, once in the
