@@ -134,7 +134,7 @@ class Policy:
 
   def _when_idle(self, seen):
     if seen.stop:
-      return self._finish(exit_codes.STOPPED, 'stopped before it had started')
+      return self._finish(exit_codes.STOPPED, 'stopped while nothing ran')
     if seen.time_s < self._start_at:
       return []
     available = self._available(seen)
