@@ -281,6 +281,11 @@ class Run:
 
   def _step(self, batch, flags):
     """Dispatches one step; compiles it if it is the first."""
+    # On CPUs this may wait for the step before, and so for the others.
+    with self.watch.on_device():
+      return self._dispatch(batch, flags)
+
+  def _dispatch(self, batch, flags):
     arrays = distributed.global_batch(batch, self.batch_sharding)
     shape = arrays['tokens'].shape
     if self.compiled is None:
@@ -301,9 +306,7 @@ class Run:
         f'step {self.step + 1}: a batch of shape {shape} after batches of '
         f'shape {self.batch_shape}; the step is compiled for one shape'
       )
-    # On CPUs this may wait for the other processes.
-    with self.watch.on_device():
-      self.state, metrics = self.compiled(self.state, arrays, flags)
+    self.state, metrics = self.compiled(self.state, arrays, flags)
     self.step += 1
     return metrics
 

@@ -87,7 +87,8 @@ class Watch:
       function = fingerprint_lib.make_fingerprint(params, self._mesh)
       self._fingerprint = compile('fingerprint', function, params)
       self._groups = fingerprint_lib.groups(params, self._mesh)
-    return self._fingerprint(params)
+    with self.on_device():
+      return self._fingerprint(params)
 
   def _phase(self, name):
     if self._heartbeat is None:

@@ -285,7 +285,11 @@ class Policy:
     if not hung:
       return []
     who = _names(blamed) if blamed else 'nobody knows which'
-    return self._fail(seen, f'no sign of life: {who}', blamed)
+    places = ', '.join(
+      f'{s} in {b.phase} after step {b.step}'
+      for s, b in sorted(self._vitals.beats.items())
+    )
+    return self._fail(seen, f'no sign of life: {who} ({places})', blamed)
 
   # Changes of state.
 

@@ -113,9 +113,15 @@ class Vitals:
     if not running or not all(s in self._beats for s in running):
       return False, frozenset()
     limit = self._loop_limit(running)
-    if any(time_s - self._loop_at[s] > limit for s in running):
-      return True, blame.by_beats({s: self._beats[s] for s in running})
-    return False, frozenset()
+    if all(time_s - self._loop_at[s] <= limit for s in running):
+      return False, frozenset()
+    # One that is stopped may not have come to say where it stands.
+    quiet = frozenset(
+      s for s in running if time_s - self._alive_at[s] > limit / 2
+    )
+    if 0 < len(quiet) < len(running):
+      return True, quiet
+    return True, blame.by_beats({s: self._beats[s] for s in running})
 
   def differing(self) -> tuple[bool, frozenset[int]]:
     """Whether copies of the parameters differ, and who is to blame.

@@ -37,7 +37,7 @@ class World:
       devices_per_slot=options.pop('devices_per_slot', 1),
       batch_size=batch_size,
       limits=dataclasses.replace(_LIMITS, **options.pop('limits', {})),
-      patience=_PATIENCE,
+      patience=dataclasses.replace(_PATIENCE, **options.pop('patience', {})),
       **options,
     )
     self.time_s = 0.0

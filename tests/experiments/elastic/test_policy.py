@@ -125,6 +125,16 @@ def test_a_process_that_is_stopped_is_found_by_its_silence(world):
   assert world.until(Start).slots == (0, 1, 3)
 
 
+def test_silence_counts_before_the_place(new_world):
+  world = new_world(patience=dict(alive_s=100))
+  world.look()
+  world.steps()
+  world.frozen.add(1)  # In the phase in which the others wait.
+  kill = world.until(Kill)
+  assert kill.lost == (1,)
+  assert world.time_s == pytest.approx(4 + world.patience.hang_floor_s, abs=1)
+
+
 @pytest.mark.parametrize('phase', ['data', 'step'])
 def test_a_loop_that_hangs_is_found_by_where_it_stands(world, phase):
   world.stuck.add(3)
