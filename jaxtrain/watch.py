@@ -52,7 +52,9 @@ class Watch:
     self._goodput.step_done(step)
     if self._heartbeat:
       if fingerprint is not None:
-        sums = fingerprint_lib.by_group(fingerprint, self._groups)
+        # On CPUs it may stand in line behind the next step.
+        with self.on_device():
+          sums = fingerprint_lib.by_group(fingerprint, self._groups)
         self._heartbeat.fingerprint(step, sums)
       self._heartbeat.step_done(step)
 

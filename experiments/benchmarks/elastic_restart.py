@@ -12,6 +12,7 @@ step saves less than all steps but one.
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ from jaxtrain import goodput
 from jaxtrain import metrics
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', 'runs/elastic_restart', 'Folder of the runs; must be empty.'
+  'workdir', 'runs/elastic_restart', 'Folder of the runs; whole ones are kept.'
 )
 _OUTPUT = flags.DEFINE_string(
   'output',
@@ -46,7 +47,35 @@ _ARMS = {
 
 
 def _run(folder, faults, arguments):
-  """Supervises one run to its end; returns what came of it."""
+  """Supervises one run to its end, unless that has been done before."""
+  if not _is_finished(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    _supervise(folder, faults, arguments)
+  events = _events(folder)
+  record = goodput.read(folder)
+  return dict(
+    losses={r['step']: r['loss'] for r in metrics.read(folder)},
+    failures=_failures(folder, events, faults),
+    events=[{k: v for k, v in e.items() if k != 'pids'} for e in events],
+    seconds=record.seconds,
+    fractions=record.fractions,
+    lost_steps=sum(i.lost_steps for i in record.incarnations),
+    record=record,
+  )
+
+
+def _events(folder):
+  path = folder / 'supervise.jsonl'
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def _is_finished(folder):
+  last = _events(folder)[-1:]
+  return bool(last) and (last[0]['event'], last[0].get('code')) == ('finish', 0)
+
+
+def _supervise(folder, faults, arguments):
   faults_lib.write(folder, faults)
   subprocess.run(
     [
@@ -61,18 +90,6 @@ def _run(folder, faults, arguments):
       *arguments,
     ],
     check=True,
-  )
-  lines = (folder / 'supervise.jsonl').read_text().splitlines()
-  events = [json.loads(line) for line in lines]
-  record = goodput.read(folder)
-  return dict(
-    losses={r['step']: r['loss'] for r in metrics.read(folder)},
-    failures=_failures(folder, events, faults),
-    events=[{k: v for k, v in e.items() if k != 'pids'} for e in events],
-    seconds=record.seconds,
-    fractions=record.fractions,
-    lost_steps=sum(i.lost_steps for i in record.incarnations),
-    record=record,
   )
 
 
@@ -172,8 +189,6 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown arguments {argv[1:]}')
   workdir = pathlib.Path(_WORKDIR.value)
-  if workdir.exists() and any(workdir.iterdir()):
-    sys.exit(f'elastic_restart: {workdir} is not empty')
   results = {
     name: _run(workdir / name.replace(', ', '_'), *arm)
     for name, arm in _ARMS.items()
