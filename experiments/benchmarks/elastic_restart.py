@@ -155,15 +155,17 @@ def _draw(results, path):
     2 + len(results) - 1, 1, gridspec_kw=dict(height_ratios=[3, 1.5, 2, 2])
   )
   reference = results['undisturbed']['losses']
-  for (name, result), style in zip(
-    results.items(), ('-', '--', ':'), strict=True
+  looks = (('C0', '-'), ('C1', '--'), ('C2', ':'))
+  for (name, result), (color, style) in zip(
+    results.items(), looks, strict=True
   ):
+    line = dict(color=color, linestyle=style, label=name)
     losses = result['losses']
-    top.plot(list(losses), list(losses.values()), style, label=name)
+    top.plot(list(losses), list(losses.values()), **line)
     if name != 'undisturbed':
       apart = _difference(losses, reference)
       middle.semilogy(
-        list(apart), [max(v, 1e-9) for v in apart.values()], style, label=name
+        list(apart), [max(v, 1e-9) for v in apart.values()], **line
       )
   for _, step, kind in _FAULTS:
     top.axvline(step, color='grey', linewidth=0.6)
