@@ -24,6 +24,7 @@ from jaxserve import LLM
 from jaxserve import EngineConfig
 from jaxserve import SamplingParams
 from jaxtrain import data
+from jaxtrain import goodput
 from jaxtrain import metrics as metrics_lib
 from jaxtrain.sharding import simulate_devices
 
@@ -69,6 +70,7 @@ def main(argv):
     for name in ('loss', 'eval_loss', 'tokens_per_s')
   }
   rows = _summary(config, result, curve, served)
+  rows.append(('goodput, %', 100 * goodput.read(workdir).fractions['step']))
   path = report.write_report(
     workdir / 'report.html',
     title='OneMesh quickstart',
@@ -82,6 +84,7 @@ def main(argv):
     ],
     page_size=served['page_size'],
     completions=served['completions'],
+    goodput=goodput.read(workdir),
     notes=(
       f'Trained on {config.get("mesh") or "one device"}, served on '
       f'{_SERVE_MESH.value or "one device"}, from the same checkpoint.'

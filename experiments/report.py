@@ -16,12 +16,27 @@ import re
 from typing import Any
 
 import matplotlib
+from matplotlib import axes
 from matplotlib import figure
 from matplotlib import ticker
+
+from jaxtrain import goodput as goodput_lib
 
 # Mid tones that stand out from white and from near black.
 _COLORS = ('#2f7ed8', '#e8710a', '#1e9e5a', '#a453c0')
 _INK = '#8a8f98'
+# Of `goodput.CATEGORIES`, about in the order in which they come: green is good.
+_TIME_COLORS = dict(
+  start='#4fb3bf',
+  restart='#b5651d',
+  compile='#c9a227',
+  lost='#d64545',
+  step='#1e9e5a',
+  data='#e8710a',
+  evaluation='#a453c0',
+  checkpoint='#2f7ed8',
+  other=_INK,
+)
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --ground: #fff;
   --soft: #f3f4f6; --line: #d8dbe0; }
@@ -55,6 +70,7 @@ def write_report(
   page_size: int,
   completions: Sequence[tuple[str, str]],
   notes: str = '',
+  goodput: goodput_lib.Record | None = None,
 ) -> pathlib.Path:
   """Writes the page; a file that exists is replaced only when all is well.
 
@@ -67,6 +83,7 @@ def write_report(
     page_size: Tokens of one page.
     completions: (prompt, text that the model made of it).
     notes: A paragraph under the heading.
+    goodput: Where the time of the training went.
 
   Returns:
     `path`.
@@ -83,6 +100,8 @@ def write_report(
         loss_figure(loss_curve), 'Loss by step', 'Cross-entropy, nats per token'
       ),
     ]
+  if goodput is not None and goodput.incarnations:
+    body += _goodput_section(goodput)
   if kv_pages_over_time:
     body += [
       '<h2>KV cache</h2>',
@@ -148,6 +167,58 @@ def kv_figure(
   ax.set_ylim(bottom=0)
   _legend(ax)
   return fig
+
+
+def goodput_figure(record: goodput_lib.Record) -> figure.Figure:
+  """Time of a run: a bar for each incarnation, from where the last one ended.
+
+  Within a bar the categories are stacked, not in the order of time.
+  """
+  count = len(record.incarnations)
+  fig, ax = _axes('seconds since the run began', 'incarnation')
+  fig.set_size_inches(6.4, 1.4 + 0.35 * min(count, 12))
+  draw_goodput(ax, record)
+  if ax.get_legend_handles_labels()[0]:
+    fig.legend(
+      frameon=False, labelcolor=_INK, loc='outside upper center', ncols=5
+    )
+  return fig
+
+
+def draw_goodput(ax: axes.Axes, record: goodput_lib.Record) -> None:
+  """The bars of `goodput_figure` on given axes, labelled for a legend."""
+  left, labelled = 0.0, set()
+  for row, incarnation in enumerate(record.incarnations, 1):
+    for category, color in _TIME_COLORS.items():
+      seconds = incarnation.seconds.get(category, 0.0)
+      if seconds > 0:
+        label = None if category in labelled else category
+        ax.barh(row, seconds, left=left, height=0.7, color=color, label=label)
+        labelled.add(category)
+        left += seconds
+  ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
+  ax.set_ylim(len(record.incarnations) + 0.6, 0.4)
+  ax.grid(axis='y', visible=False)
+
+
+def _goodput_section(record):
+  seconds, parts = record.seconds, record.fractions
+  return [
+    '<h2>Goodput</h2>',
+    _picture(
+      goodput_figure(record),
+      'Time of the run by category',
+      f'{100 * parts["step"]:.1f} % of {sum(seconds.values()):.0f} s are steps '
+      f'made for the first time, in {len(record.incarnations)} incarnation(s)',
+    ),
+    _table(
+      [
+        (f'{name}, s', f'{seconds[name]:.2f} ({100 * parts[name]:.1f} %)')
+        for name in goodput_lib.CATEGORIES
+        if seconds[name] > 0
+      ]
+    ),
+  ]
 
 
 def svg(fig: figure.Figure) -> str:

@@ -5,9 +5,14 @@ python -m experiments.train_lm --config=byte_stdlib_tiny --workdir=runs/tiny \
 
 The same command, given again, goes on from the last checkpoint. On several
 hosts start it on each of them: TPU pods, SLURM and Open MPI are detected;
-elsewhere --coordinator, --num_processes and --process_id say it.
+elsewhere --coordinator, --num_processes and --process_id say it. To go on
+without those that fail, see `experiments.supervise`.
+
+Exit codes: 0 finished, or stopped by a signal; 1 an error; and those of
+experiments/elastic/exit_codes.py.
 """
 
+import contextlib
 import sys
 
 from absl import app
@@ -17,8 +22,11 @@ import jax
 
 from experiments import configs
 from experiments import training
+from experiments.elastic import exit_codes
 from jaxtrain import distributed
 from jaxtrain import loop
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.sharding import simulate_devices
 
 _CONFIG = flags.DEFINE_string(
@@ -43,6 +51,45 @@ _NUM_PROCESSES = flags.DEFINE_integer(
   'num_processes', None, 'Number of processes.'
 )
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this one.')
+_HEARTBEAT = flags.DEFINE_string(
+  'heartbeat', None, 'File for signs of life, see jaxtrain/heartbeat.py.'
+)
+_FINGERPRINT_EVERY = flags.DEFINE_integer(
+  'fingerprint_every', 1, 'Steps between checksums in the signs of life.'
+)
+_KEEPERS = flags.DEFINE_list(
+  'keepers',
+  [],
+  'host:port of processes that keep snapshots in memory, see '
+  'jaxtrain/checkpoints/in_memory/snapshots.py.',
+)
+_PARITY = flags.DEFINE_integer(
+  'num_parity', 1, 'How many of --keepers may be lost.'
+)
+_SNAPSHOT_EVERY = flags.DEFINE_integer(
+  'snapshot_every', 1, 'Steps between snapshots, with --keepers.'
+)
+
+_EXIT_CODES = {
+  ValueError: exit_codes.WRONG,
+  loop.NonFiniteError: exit_codes.NON_FINITE,
+}
+
+
+def _heartbeat():
+  if _HEARTBEAT.value is None:
+    return None
+  return Heartbeat(_HEARTBEAT.value, fingerprint_every=_FINGERPRINT_EVERY.value)
+
+
+@contextlib.contextmanager
+def _snapshots():
+  """Arguments of the loop that snapshots need, if there are keepers."""
+  if not _KEEPERS.value:
+    yield {}
+    return
+  with InMemorySnapshots(_KEEPERS.value, _PARITY.value) as snapshots:
+    yield dict(snapshots=snapshots, snapshot_every=_SNAPSHOT_EVERY.value)
 
 
 def _from_flags():
@@ -79,14 +126,21 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
   try:
     config = _from_flags()
+    heartbeat = _heartbeat()  # First of all: joining the others may hang.
     if _SIMULATE.value:
       simulate_devices(_SIMULATE.value)
     distributed.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     )
-    result = training.run(_WORKDIR.value, **config)
-  except (ValueError, OSError, loop.NonFiniteError) as e:
+    with _snapshots() as tier:
+      result = training.run(
+        _WORKDIR.value, heartbeat=heartbeat, **tier, **config
+      )
+  except OSError as e:
     sys.exit(f'train_lm: {e}')
+  except tuple(_EXIT_CODES) as e:
+    print(f'train_lm: {e}', file=sys.stderr, flush=True)
+    sys.exit(next(c for kind, c in _EXIT_CODES.items() if isinstance(e, kind)))
   if jax.process_index() == 0:
     print(_summary(result))
 

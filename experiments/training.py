@@ -100,7 +100,8 @@ def run(
     seed: Of parameters and data order.
     eval_batches: Batches per evaluation on the validation split; 0 never
       evaluates.
-    **options: Those of `OPTIONS`, see `jaxtrain.loop.train` and
+    **options: Those of `OPTIONS`, and what is not for a config to say, such as
+      'heartbeat' and 'snapshots', see `jaxtrain.loop.train` and
       `jaxtrain.train_step.make_train_step`.
 
   Returns:

@@ -5,6 +5,7 @@ knows of no flags. How it goes about it is in `run.py`.
 """
 
 from collections.abc import Sequence
+import contextlib
 import os
 from typing import Any
 
@@ -14,6 +15,8 @@ from jax.sharding import Mesh
 import optax
 
 from jaxtrain import train_step as train_step_lib
+from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.interrupt import StopSignal
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
@@ -21,9 +24,10 @@ from jaxtrain.run import Dataset
 from jaxtrain.run import Evaluation
 from jaxtrain.run import NonFiniteError
 from jaxtrain.run import Run
-from jaxtrain.run import RunFiles
-from jaxtrain.run import Saves
 from jaxtrain.run import TrainResult
+from jaxtrain.run_files import RunFiles
+from jaxtrain.run_files import Saves
+from jaxtrain.run_files import check_sizes
 from jaxtrain.sharding.partition import constrainer
 from jaxtrain.sharding.rules import ShardingRules
 
@@ -47,6 +51,8 @@ def train(
   failed_save: str = 'raise',
   saving: str = 'async',
   staging_gib: float | None = None,
+  snapshots: InMemorySnapshots | None = None,
+  snapshot_every: int = 1,
   metadata: dict[str, Any] | None = None,
   eval_dataset: Dataset | None = None,
   eval_every: int | None = None,
@@ -54,6 +60,7 @@ def train(
   log_every: int = 10,
   progress: bool = True,
   context: Context | None = None,
+  heartbeat: Heartbeat | None = None,
   **step_options: Any,
 ) -> TrainResult:
   """Trains until `steps` updates are made, going on from a checkpoint.
@@ -74,8 +81,8 @@ def train(
     rules: Logical to mesh axes.
     steps: Number of updates of the whole run.
     seed: Of the initial parameters and the run's random key.
-    workdir: Folder for `checkpoints/`, `metrics.csv` and `tensorboard/`; `None`
-      writes nothing.
+    workdir: Folder for `checkpoints/`, `metrics.csv`, `tensorboard/` and
+      `goodput.jsonl`; `None` writes nothing.
     save_every: Steps between checkpoints; the last step is always saved.
     keep: Number of newest checkpoints to keep; `None` keeps all.
     keep_every: Checkpoints of steps that are a multiple of it are kept for
@@ -92,6 +99,11 @@ def train(
     staging_gib: Host memory for lazy copies, per process; `None` is half of
       what is free. If it is less than the state, an update may have to wait for
       the disk.
+    snapshots: A second, faster tier of checkpoints in the memory of other
+      processes. The newest state of either tier is where it goes on; it stays
+      open.
+    snapshot_every: Steps between snapshots. After each of these steps the host
+      waits for the devices.
     metadata: JSON types to keep with every checkpoint.
     eval_dataset: Batches to evaluate on, iterated from its start each time.
     eval_every: Steps between evaluations; `None` evaluates at the end only.
@@ -99,6 +111,8 @@ def train(
     log_every: Steps between rows of metrics.
     progress: Whether process 0 shows progress.
     context: See `make_train_step`.
+    heartbeat: Tells a supervisor how far it is and what the parameters'
+      checksums are; is closed at the end.
     **step_options: Of `make_train_step`: accumulation, max_grad_norm, z_loss,
       learning_rate, noise_scale, mean_square.
 
@@ -114,27 +128,23 @@ def train(
     NonFiniteError: Names the step, the batch (saved in `workdir`) and the last
       good checkpoint. Nothing is saved over that.
   """
-  _check_sizes(steps=steps, save_every=save_every, keep=keep)
-  _check_sizes(log_every=log_every, eval_every=eval_every)
-  _check_sizes(eval_batches=eval_batches)
-  model = model.clone(shard=constrainer(mesh, rules))
+  check_sizes(steps=steps, log_every=log_every)
+  check_sizes(eval_every=eval_every, eval_batches=eval_batches)
   saves = Saves(
-    *(save_every, keep, keep_every, keep_best),
-    *(failed_save, saving, staging_gib),
+    *(save_every, keep, keep_every, keep_best, failed_save),
+    *(saving, staging_gib, snapshots, snapshot_every),
   )
-  make_step = _STEP_MAKERS[saving]
-  step_fn = make_step(model, tx, mesh, rules, context=context, **step_options)
-  shown = Progress(steps, shown=progress and jax.process_index() == 0)
+  model = model.clone(shard=constrainer(mesh, rules))
+  parts = dict(model=model, tx=tx, mesh=mesh, rules=rules)
+  step_fn = _STEP_MAKERS[saving](**parts, context=context, **step_options)
   with (
-    shown,
+    heartbeat or contextlib.nullcontext(),
+    Progress(steps, shown=progress and jax.process_index() == 0) as shown,
     StopSignal() as stop,
     RunFiles(workdir, saves) as files,
   ):
     run = Run(
-      model=model,
-      tx=tx,
-      mesh=mesh,
-      rules=rules,
+      **parts,
       step_fn=step_fn,
       files=files,
       shown=shown,
@@ -143,17 +153,12 @@ def train(
       metadata=metadata,
       evaluation=_evaluation(eval_dataset, eval_every, eval_batches),
       context=context,
+      heartbeat=heartbeat,
     )
     run.start(dataset, seed)
     stopped_by = run.loop(stop)
     run.finish(stopped_by)
   return run.result(stopped_by)
-
-
-def _check_sizes(**sizes):
-  for name, value in sizes.items():
-    if value is not None and value < 1:
-      raise ValueError(f'{name}={value} must be at least 1')
 
 
 def _evaluation(dataset, every, batches):

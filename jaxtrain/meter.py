@@ -11,31 +11,31 @@ class Meter:
   """Counts finished steps against the time that was spent on them.
 
   Args:
-    tokens_per_step: Positions in a global batch, padding included.
     flops_per_token: FLOPs of the model, see `train_flops_per_token`.
     peak: Of the mesh, or `None` if it is not known.
   """
 
-  def __init__(
-    self, tokens_per_step: int, flops_per_token: float, peak: Peak | None
-  ):
-    self._tokens_per_step = tokens_per_step
+  def __init__(self, flops_per_token: float, peak: Peak | None):
     self._flops_per_token = flops_per_token
     self._peak = peak
-    # Steps and seconds, in all and since the last `recent`.
-    self._steps, self._seconds = 0, 0.0
-    self._recent_steps, self._recent_seconds = 0, 0.0
+    # Tokens and seconds, in all and since the last `recent`.
+    self._tokens, self._seconds = 0, 0.0
+    self._recent_tokens, self._recent_seconds = 0, 0.0
     self._since: float | None = None
 
   def start(self) -> None:
     """Starts the clock."""
     self._since = time.perf_counter()
 
-  def step(self) -> None:
-    """Says that one more step is finished."""
+  def step(self, num_tokens: int) -> None:
+    """Says that one more step is finished.
+
+    Args:
+      num_tokens: Positions in its global batch, padding included.
+    """
     self._lap()
-    self._steps += 1
-    self._recent_steps += 1
+    self._tokens += num_tokens
+    self._recent_tokens += num_tokens
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -48,13 +48,13 @@ class Meter:
 
   def recent(self) -> dict[str, float]:
     """Rates since the last call: 'tokens_per_s' and, if known, 'mfu'."""
-    rates = self._rates(self._recent_steps, self._recent_seconds)
-    self._recent_steps, self._recent_seconds = 0, 0.0
+    rates = self._rates(self._recent_tokens, self._recent_seconds)
+    self._recent_tokens, self._recent_seconds = 0, 0.0
     return rates
 
   def overall(self) -> dict[str, float]:
     """The same since the start."""
-    return self._rates(self._steps, self._seconds)
+    return self._rates(self._tokens, self._seconds)
 
   def _lap(self):
     now = time.perf_counter()
@@ -63,10 +63,10 @@ class Meter:
     self._recent_seconds += elapsed
     self._since = now
 
-  def _rates(self, steps, seconds):
-    if not steps or not seconds:
+  def _rates(self, tokens, seconds):
+    if not tokens or not seconds:
       return {}
-    tokens_per_s = steps * self._tokens_per_step / seconds
+    tokens_per_s = tokens / seconds
     rates = {'tokens_per_s': tokens_per_s}
     if self._peak is not None:
       flops_per_s = tokens_per_s * self._flops_per_token

@@ -6,19 +6,14 @@ save, what cuts replicas in parts. Metrics are read one step late: while the
 host waits for step n, step n + 1 is already on the device.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 import dataclasses
-import functools
-import os
-import pathlib
 import time
 from typing import Any
 
 from flax import linen as nn
 import jax
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
@@ -26,23 +21,22 @@ from jaxtrain import distributed
 from jaxtrain import hardware
 from jaxtrain import train_state as train_state_lib
 from jaxtrain import train_step as train_step_lib
-from jaxtrain.checkpoints import lazy
-from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.checkpoints.manager import SaveError
 from jaxtrain.evaluate import evaluate
+from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.interrupt import StopSignal
-from jaxtrain.interrupt import with_stop
 from jaxtrain.meter import Meter
-from jaxtrain.metrics import MetricsWriter
 from jaxtrain.parallel.context.base import Context
 from jaxtrain.progress import Progress
+from jaxtrain.run_files import RunFiles
 from jaxtrain.sharding.partition import named_sharding
 from jaxtrain.sharding.rules import ShardingRules
+from jaxtrain.step_programs import compile_step
 from jaxtrain.train_state import TrainState
+from jaxtrain.watch import Watch
 
 Dataset = Iterable[dict[str, np.ndarray]]
 
-_FAILED_SAVE = ('raise', 'go_on')
 # Under which name a checkpoint's metadata have what the loop adds to them.
 _LOOP = 'loop'
 
@@ -65,10 +59,13 @@ class TrainResult:
     stopped_by: Signal that ended it early, 'data' if there was no more, or
       `None` when all steps were made.
     compile_s: Seconds spent compiling the steps.
-    num_programs: Programs compiled: initialisation, training step, evaluation.
+    num_programs: Programs compiled: initialisation, training step, evaluation,
+      fingerprint.
     tokens_per_s: Positions (padding included) trained on per second, without
       compiling, evaluating and saving; 0 if no step was timed.
     mfu: Model FLOPs utilisation, 0..1; `None` if the peak is not known.
+    goodput: Seconds of this call by `goodput.CATEGORIES`, see
+      `goodput.Incarnation`; `goodput.read` adds up those of a run.
   """
 
   state: TrainState
@@ -79,6 +76,7 @@ class TrainResult:
   num_programs: int
   tokens_per_s: float
   mfu: float | None
+  goodput: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,55 +95,8 @@ class _Dispatched:
   step: int
   metrics: Any
   batch: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Saves:
-  """When and how to save; see `loop.train`."""
-
-  save_every: int
-  keep: int | None
-  keep_every: int | None
-  keep_best: Sequence | None
-  failed_save: str
-  saving: str
-  staging_gib: float | None
-
-  def __post_init__(self):
-    if self.failed_save not in _FAILED_SAVE:
-      raise ValueError(
-        f'failed_save={self.failed_save!r} must be one of '
-        f'{", ".join(_FAILED_SAVE)}'
-      )
-    lazy.check_saving(self.saving, self.staging_gib)
-
-
-class RunFiles:
-  """Checkpoints and metrics of a run, or neither without a folder."""
-
-  def __init__(self, workdir: str | os.PathLike | None, saves: Saves):
-    self.workdir = None if workdir is None else pathlib.Path(workdir)
-    self.saves = saves
-    self.checkpoints = self.metrics = None
-    if self.workdir is not None:
-      self.checkpoints = CheckpointManager(
-        self.workdir / 'checkpoints',
-        keep=saves.keep,
-        save_every_steps=saves.save_every,
-        keep_every=saves.keep_every,
-        keep_best=saves.keep_best,
-        saving=saves.saving,
-        staging_gib=saves.staging_gib,
-      )
-      self.metrics = MetricsWriter(self.workdir)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    if self.workdir is not None:
-      self.metrics.close()
-      self.checkpoints.close()
+  num_tokens: int
+  fingerprint: jax.Array | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -164,43 +115,47 @@ class Run:
   metadata: dict[str, Any] | None
   evaluation: Evaluation | None
   context: Context | None = None
+  heartbeat: Heartbeat | None = None
 
   def __post_init__(self):
     self.batch_sharding = named_sharding(self.mesh, self.rules, 'batch', 'seq')
-    self.compiled = self.eval_step = self.meter = self.batch_shape = None
+    self.compiled = {}  # By shape of the batch.
+    self.eval_step = self.meter = None
     self.compile_s, self.num_programs = 0.0, 0
-    self.saved_at = self.evaluated_at = None
+    self.saved_at = self.evaluated_at = self.snapshot_at = None
     self.history, self.window = [], []
+    self.goodput = self.files.goodput
+    self.watch = Watch(self.goodput, self.heartbeat, self.mesh)
 
   def start(self, dataset: Dataset, seed: int) -> None:
-    """Makes the first state, or reads the newest checkpoint that is whole."""
+    """Makes the first state, or reads the newest that is whole."""
+    with self.watch.doing(self.goodput.start_category):
+      self._start(dataset, seed)
+    self.watch.resumed(self.step)
+    self.shown.start(self.step)
+
+  def _start(self, dataset, seed):
     self.iterator = iter(dataset)
-    checkpoints = self.files.checkpoints
-    found = None
-    if checkpoints:
-      checkpoints.claim()
-      if checkpoints.all_steps():
-        spec = train_state_lib.state_spec(
-          self.model, self.tx, self.mesh, self.rules
-        )
-        found = checkpoints.resume(vars(spec.abstract))
+    arguments = self.model, self.tx, self.mesh, self.rules
+    found, is_stored = self.files.resume(
+      lambda: vars(train_state_lib.state_spec(*arguments).abstract),
+      self.shown.say,
+    )
     if found is None:
       self.step = 0
-      self.state = train_state_lib.init_state(
-        self.model, self.tx, self.mesh, self.rules, seed=seed
-      )
+      self.state = train_state_lib.init_state(*arguments, seed=seed)
       self.num_programs += 1
+      return
+    self.step = found.step
+    if is_stored:
+      self.saved_at = found.step
     else:
-      self.step = self.saved_at = found.step
-      self.state = TrainState(**found.state)
-      self._forward_data(found.data_state)
-      self.window = found.metadata.get(_LOOP, {}).get('window', [])
-      if 'eval_loss' in checkpoints.metrics(self.step):
-        self.evaluated_at = self.step
-      for damage in found.damaged:
-        self.shown.say(f'WARNING: {damage}')
-      self.shown.say(f'resumed from step {self.step} of {self.files.workdir}')
-    self.shown.start(self.step)
+      self.snapshot_at = found.step
+    self.state = TrainState(**found.state)
+    self._forward_data(found.data_state)
+    loop = found.metadata.get(_LOOP, {})
+    self.window = loop.get('window', [])
+    self.evaluated_at = loop.get('evaluated_at')
 
   def _forward_data(self, data_state):
     if data_state is not None:
@@ -211,16 +166,19 @@ class Run:
 
   def loop(self, stop: StopSignal) -> str | None:
     """Makes the steps; returns why it ended early, or `None`."""
+    with self.watch.doing('step'):
+      return self._loop(stop)
+
+  def _loop(self, stop):
     ahead = None
     while self.step < self.steps:
-      batch = next(self.iterator, None)
+      batch = self._next_batch(ahead)
       if batch is None:
         self._read(ahead)
         return 'data'
-      metrics = self._step(batch, stop.flags(self.mesh))
-      behind, ahead = ahead, _Dispatched(self.step, metrics, batch)
+      behind, ahead = ahead, self._step(batch, stop.flags(self.mesh))
       stopped = self._read(behind)
-      if stopped or self._is_evaluation_due() or self._is_save_due():
+      if stopped or self._is_anything_due():
         # What is saved must be known to be finite.
         stopped = self._read(ahead) or stopped
         ahead = None
@@ -231,8 +189,17 @@ class Run:
           if self._is_evaluation_due():
             self._evaluate()
           self._save(force=False)
+          self._snapshot()
     self._read(ahead)
     return None
+
+  def _next_batch(self, ahead):
+    with self.watch.doing('data') as wait:
+      batch = next(self.iterator, None)
+      # While the devices have a step to make, nothing is lost.
+      if ahead is not None and not ahead.metrics['stop'].is_ready():
+        wait.count_as('step')
+    return batch
 
   def finish(self, stopped_by: str | None) -> None:
     """Evaluates, unless time is short, and saves the last step."""
@@ -242,6 +209,10 @@ class Run:
       if stopped_by in (None, 'data'):
         self._evaluate()
     self._save(force=True)
+    if self.files.checkpoints:
+      with self.watch.doing('checkpoint'):
+        self.files.checkpoints.wait()
+    self.watch.end(stopped_by or 'steps')
 
   def result(self, stopped_by: str | None) -> TrainResult:
     """What has been done."""
@@ -255,61 +226,49 @@ class Run:
       num_programs=self.num_programs,
       tokens_per_s=rates.get('tokens_per_s', 0.0),
       mfu=rates.get('mfu'),
+      goodput=self.goodput.seconds(),
     )
 
   def _step(self, batch, flags):
-    """Dispatches one step; compiles it if it is the first."""
-    arrays = distributed.global_batch(batch, self.batch_sharding)
-    shape = arrays['tokens'].shape
-    if self.compiled is None:
-      self.compiled = self._compile_step(arrays, flags)
-      self.batch_shape = shape
-      flops = self.model.config.train_flops_per_token(shape[1])
-      peak = hardware.peak(list(self.mesh.devices.flat))
-      self.meter = Meter(shape[0] * shape[1], flops, peak)
-      self.meter.start()
-    if shape != self.batch_shape:
+    """Dispatches one step; compiles it if it is the first of its shape."""
+    # On CPUs this may wait for the step before, and so for the others.
+    with self.watch.on_device():
+      arrays = distributed.global_batch(batch, self.batch_sharding)
+      shape = arrays['tokens'].shape
+      if shape not in self.compiled:
+        self._add_program(shape, arrays, flags)
+      self.state, metrics = self.compiled[shape](self.state, arrays, flags)
+      self.step += 1
+    fingerprint = self.watch.fingerprint(
+      self.step, self.state.params, self._is_save_due(), self._compile
+    )
+    tokens = shape[0] * shape[1]
+    return _Dispatched(self.step, metrics, batch, tokens, fingerprint)
+
+  def _add_program(self, shape, arrays, flags):
+    if len(self.compiled) >= getattr(self.iterator, 'num_shapes', 1):
       raise ValueError(
         f'step {self.step + 1}: a batch of shape {shape} after batches of '
-        f'shape {self.batch_shape}; the step is compiled for one shape'
+        f'shape {", ".join(map(str, self.compiled))}; the step is compiled for '
+        f'{len(self.compiled)} shape(s)'
       )
-    self.state, metrics = self.compiled(self.state, arrays, flags)
-    self.step += 1
-    return metrics
-
-  def _compile_step(self, arrays, flags):
-    """`(state, arrays, flags) -> (state, metrics)`, of one program or two."""
-    shardings = jax.tree.map(lambda x: x.sharding, self.state)
-    jit = functools.partial(
-      jax.jit,
-      donate_argnums=0,
-      out_shardings=(shardings, NamedSharding(self.mesh, P())),
-    )
-    if not isinstance(self.step_fn, train_step_lib.SplitStep):
-      step = jit(with_stop(self.step_fn))
-      return self._compile('step', step, self.state, arrays, flags)
-    split, checkpoints = self.step_fn, self.files.checkpoints
-    gradients = self._compile('gradients', split.gradients, self.state, arrays)
-    found = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      jax.eval_shape(split.gradients, self.state, arrays),
-      gradients.output_shardings,
-    )
-    update = self._compile(
-      'update', jit(with_stop(split.update)), self.state, found, flags
-    )
-
-    def advance(state, arrays, flags):
-      found = gradients(state, arrays)
-      if checkpoints is not None:
-        checkpoints.wait_copied()
-      return update(state, found, flags)
-
-    return advance
+    if self.meter is None:
+      flops = self.model.config.train_flops_per_token(shape[1])
+      peak = hardware.peak(list(self.mesh.devices.flat))
+      self.meter = Meter(flops, peak)
+    with self.meter.paused():
+      self.compiled[shape] = compile_step(
+        self.step_fn,
+        (self.state, arrays, flags),
+        self.mesh,
+        self._compile,
+        self.files.wait_copied,
+      )
 
   def _compile(self, name, function, *args):
     start = time.perf_counter()
-    compiled = function.lower(*args).compile()
+    with self.watch.doing('compile'):
+      compiled = function.lower(*args).compile()
     seconds = time.perf_counter() - start
     self.compile_s += seconds
     self.num_programs += 1
@@ -320,12 +279,16 @@ class Run:
     """Waits for a step, checks and notes its metrics; whether to stop."""
     if dispatched is None:
       return False
-    metrics = {k: float(v) for k, v in dispatched.metrics.items()}
+    with self.watch.on_device():
+      metrics = {k: float(v) for k, v in dispatched.metrics.items()}
     stop = bool(metrics.pop('stop'))
-    self.meter.step()
+    self.meter.step(dispatched.num_tokens)
     self.shown.step()
     if not metrics.pop('finite'):
       raise NonFiniteError(self._describe(dispatched, metrics))
+    self.watch.step_done(dispatched.step, dispatched.fingerprint)
+    if observe := getattr(self.iterator, 'observe', None):
+      metrics |= observe(metrics)
     self.window.append(metrics)
     if dispatched.step % self.log_every == 0:
       self._log(dispatched.step)
@@ -340,6 +303,11 @@ class Run:
     self.window = []
     rates = self.meter.recent() if self.meter else {}  # Of no step yet.
     self._note(step, means | rates)
+    if self.files.metrics:
+      parts = self.goodput.fractions()
+      self.files.metrics.write(
+        step, {f'goodput/{name}': part for name, part in parts.items()}
+      )
 
   def _note(self, step, values):
     if not self.history or self.history[-1]['step'] != step:
@@ -354,15 +322,23 @@ class Run:
     return bool(e and e.every and self.step % e.every == 0)
 
   def _is_save_due(self):
-    checkpoints = self.files.checkpoints
     # The last step is saved by `finish`, evaluated.
-    return bool(
-      checkpoints
-      and self.step < self.steps
-      and checkpoints.should_save(self.step)
+    return self.step < self.steps and self.files.save_due(self.step)
+
+  def _is_anything_due(self):
+    return (
+      self._is_evaluation_due()
+      or self._is_save_due()
+      or self.files.snapshot_due(self.step)
     )
 
   def _evaluate(self):
+    with self.watch.doing('evaluation'):
+      values = self._evaluation()
+    self.evaluated_at = self.step
+    self._note(self.step, values)
+
+  def _evaluation(self):
     e = self.evaluation
     if self.eval_step is None:
       function = train_step_lib.make_eval_step(
@@ -373,15 +349,13 @@ class Run:
       self.eval_step = self._compile(
         'evaluation', function, self.state.params, arrays
       )
-    values = evaluate(
+    return evaluate(
       self.eval_step,
       self.state.params,
       e.dataset,
       self.batch_sharding,
       e.batches,
     )
-    self.evaluated_at = self.step
-    self._note(self.step, values)
 
   def _save(self, force):
     checkpoints = self.files.checkpoints
@@ -389,25 +363,40 @@ class Run:
       return
     if not (force or self._is_save_due()):
       return
-    get_state = getattr(self.iterator, 'get_state', None)
-    # What has been measured since the last row of metrics.
-    loop = {'window': self.window}
     try:
-      checkpoints.save(
-        self.step,
-        vars(self.state),
-        data_state=get_state() if get_state else None,
-        config=self.model.config,
-        metadata={**(self.metadata or {}), _LOOP: loop},
-        metrics=self._measured(),
-        force=force,
-      )
+      with self.watch.doing('checkpoint'):
+        checkpoints.save(
+          self.step,
+          vars(self.state),
+          **self._beside_state(),
+          config=self.model.config,
+          metrics=self._measured(),
+          force=force,
+        )
     except SaveError as e:
       if self.files.saves.failed_save == 'raise' or self.step == self.steps:
         raise
       self.shown.say(f'WARNING: training goes on without a checkpoint: {e}')
       return
     self.saved_at = self.step
+
+  def _snapshot(self):
+    if not self.files.snapshot_due(self.step) or self.snapshot_at == self.step:
+      return
+    with self.watch.doing('checkpoint'):
+      self.files.saves.snapshots.save(
+        self.step, vars(self.state), **self._beside_state()
+      )
+    self.snapshot_at = self.step
+
+  def _beside_state(self):
+    get_state = getattr(self.iterator, 'get_state', None)
+    # What has been measured since the last row of metrics.
+    loop = {'window': self.window, 'evaluated_at': self.evaluated_at}
+    return dict(
+      data_state=get_state() if get_state else None,
+      metadata={**(self.metadata or {}), _LOOP: loop},
+    )
 
   def _measured(self):
     """The metrics of exactly this step, for its checkpoint."""

@@ -135,10 +135,7 @@ def scale_by_lamb(
       nu=lambda x, g: b2 * _f32(x['nu']) + (1 - b2) * jnp.square(g(x)),
     )
 
-    def step(decays, x):
-      root = jnp.sqrt(hat[1] * _f32(x['nu'])) + eps
-      decay = weight_decay if decays else 0.0
-      return hat[0] * _f32(x['mu']) / root + decay * _f32(x['param'])
+    step = lambda decays, x: _step(x, hat, eps, weight_decay * decays)
 
     def one(path, grad, param, decays, how, mu, nu, adapted):
       first = base.num_stacked_dims(path)
@@ -155,10 +152,7 @@ def scale_by_lamb(
         how.given | dict(param=param),
         first,
       )
-      has_ratio = (square['param'] > 0) & (square['step'] > 0)
-      ratio = jnp.sqrt(square['param'] / square['step'])
-      ratio = jnp.where(has_ratio, ratio, 1.0)
-      new = ratio * step(decays, kept | dict(param=param))
+      new = _ratio(square) * step(decays, kept | dict(param=param))
       mu, nu = kept.pop('mu'), kept.pop('nu')
       return new.reshape(grad.shape).astype(grad.dtype), mu, nu, kept
 
@@ -176,6 +170,18 @@ def scale_by_lamb(
     return new, LambState(count, *kept)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step(x, hat, eps, decay):
+  root = jnp.sqrt(hat[1] * _f32(x['nu'])) + eps
+  return hat[0] * _f32(x['mu']) / root + decay * _f32(x['param'])
+
+
+def _ratio(square):
+  """Norm of the weights over that of the step, 1 where one of them is 0."""
+  has_ratio = (square['param'] > 0) & (square['step'] > 0)
+  ratio = jnp.sqrt(square['param'] / square['step'])
+  return jnp.where(has_ratio, ratio, 1.0)
 
 
 def _decays(mask, params):

@@ -55,11 +55,12 @@ def test_ends_with_a_table_and_a_report(finished):
   assert 2.0 < value('final held-out loss, nats/byte') < 5.0
   assert value('training tokens/s') > 0 and value('serving tokens/s') > 0
   assert 0 <= value('KV slots wasted, %') < 100
+  assert 0 < value('goodput, %') < 100
   assert re.search(
     r'compiled programs \(training \+ serving\)\s+3 \+ 3', printed
   )
   page = (workdir / 'report.html').read_text()
-  assert page.count('data:image/svg+xml') == 2
+  assert page.count('data:image/svg+xml') == 3
   assert page.count('<pre>') == 3
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import report
+from jaxtrain import goodput
 
 _SVG = '{http://www.w3.org/2000/svg}'
 _VOID = {'meta', 'img'}
@@ -169,3 +170,39 @@ def test_text_table(value, shown):
   table = report.text_table([('loss', value), ('something longer', 'ab')])
   first, second = table.splitlines()
   assert first.split() == ['loss', shown] and len(first) == len(second)
+
+
+def _record(*runs):
+  time_s, made = 0.0, []
+  for seconds in runs:
+    end = time_s + sum(seconds.values())
+    made.append(goodput.Incarnation(time_s, end, 0, 9, 0, seconds, None))
+    time_s = end
+  return goodput.Record(tuple(made))
+
+
+def test_goodput_is_a_picture_and_a_table(tmp_path):
+  record = _record(dict(start=2.0, step=5.0), dict(restart=1.0, step=2.0))
+  page = _Page(_write(tmp_path / 'a.html', goodput=record))
+  text = ' '.join(page.texts)
+  assert '70.0 % of 10 s are steps' in text and '2 incarnation(s)' in text
+  assert 'step, s' in text and '7.00 (70.0 %)' in text
+  assert 'compile' not in text
+  assert len(_svgs(page)) == 3
+  without = _Page(_write(tmp_path / 'b.html', goodput=goodput.Record(())))
+  assert 'Goodput' not in ' '.join(without.texts)
+
+
+def test_bars_of_incarnations_follow_each_other():
+  ax = report.goodput_figure(
+    _record(dict(start=2.0, step=5.0), dict(restart=1.0, step=2.0))
+  ).axes[0]
+  bars = [(p.get_y() + 0.35, p.get_x(), p.get_width()) for p in ax.patches]
+  assert bars == [(1, 0, 2), (1, 2, 5), (2, 7, 1), (2, 8, 2)]
+
+
+def test_every_category_of_time_has_a_color():
+  record = _record(dict.fromkeys(goodput.CATEGORIES, 1.0))
+  bars = report.goodput_figure(record).axes[0].patches
+  colors = {p.get_facecolor() for p in bars}
+  assert len(bars) == len(colors) == len(goodput.CATEGORIES)

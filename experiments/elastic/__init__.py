@@ -1,0 +1,1 @@
+"""What `experiments.supervise` is made of: decisions, processes, trainers."""
