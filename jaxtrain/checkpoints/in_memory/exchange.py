@@ -165,10 +165,10 @@ def run_for_keeper(versions, version, header, timeout_s) -> dict[str, Any]:
   """
   group, index = version.group, version.index
   exchange = Exchange(version.id, group, index, timeout_s)
-  deadline = time.monotonic() + timeout_s
   announced = False
   try:
     exchange.contribute(header, version.slot.bytes)
+    deadline = time.monotonic() + timeout_s
     while True:
       if index in version.prepared and not announced:
         announced = True
@@ -235,10 +235,10 @@ def run_for_trainer(
 ) -> dict[str, Any]:
   """The same for a trainer whose keeper is gone, maybe having sent a part."""
   exchange = Exchange(version_id, group, index, timeout_s)
-  deadline = time.monotonic() + timeout_s
   others = set(range(len(group.members))) - {index}
   try:
     exchange.stand_in(header, data)
+    deadline = time.monotonic() + timeout_s
     reason = _MAY_YET
     while reason == _MAY_YET:
       living = others - set(exchange.absent)

@@ -75,6 +75,7 @@ class Keeper:
       except OSError:
         pass
       sock.close()
+    self.versions.close()
 
   def _accept(self):
     while not self._closed:

@@ -73,7 +73,8 @@ class InMemorySnapshots:
     when_busy: What `save` does while the snapshot before is on its way: 'wait'
       for it, or 'skip' this step (one process only, for others would skip
       others).
-    timeout_s: After how long without an answer a keeper counts as gone.
+    timeout_s: After how long without an answer a keeper counts as gone; more
+      than it takes to exchange a snapshot.
     generation: Orders the runs of trainers, later ones being greater, the same
       in all processes; `None` is the clock of process 0.
 

@@ -315,6 +315,14 @@ class Versions:
     with self.changed:
       return [v.describe() for _, v in sorted(self._versions.items())]
 
+  def close(self) -> None:
+    """Lets everything go."""
+    with self.changed:
+      for version in list(self._versions.values()):
+        self._drop(version)
+      self._pool.trim(set())
+      self.changed.notify_all()
+
   @contextlib.contextmanager
   def reading(self, version_id: VersionId):
     """The version, whose memory stays as it is for the time being.

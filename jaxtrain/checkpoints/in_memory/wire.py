@@ -13,6 +13,7 @@ from typing import Any
 
 _LENGTH = struct.Struct('<I')
 _MAX_HEADER = 1 << 28
+_SENT_AT_ONCE = 1 << 26
 _CONNECT_S = 5.0  # A host without power does not even refuse.
 
 
@@ -105,7 +106,9 @@ def send(
     frame = frame[socket.send_fds(sock, [frame], list(fds)) :]
   sock.sendall(frame)
   for buffer in buffers:
-    sock.sendall(buffer)
+    # The time limit of a socket is that of one call.
+    for start in range(0, len(buffer), _SENT_AT_ONCE):
+      sock.sendall(buffer[start : start + _SENT_AT_ONCE])
 
 
 def receive(

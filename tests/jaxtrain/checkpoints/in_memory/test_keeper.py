@@ -5,6 +5,7 @@ as fast as it can, says which steps counted, and is killed at a random moment.
 """
 
 import json
+import os
 import pathlib
 import random
 import signal
@@ -118,7 +119,7 @@ def test_killed_at_random_moments(num_parity):
   keepers = [KeeperProcess(idle_exit_s=120) for _ in range(4)]
   step, trainer = 0, None
   try:
-    for round_number in range(7):
+    for round_number in range(6):
       members = [k.address for k in keepers]
       trainer = _Trainer(round_number, step, num_parity, members)
       trainer.wait_for(2)
@@ -303,18 +304,19 @@ def test_a_keeper_says_why_it_does_not_start():
 
 
 def test_a_keeper_is_small_and_ready_at_once():
-  start = time.monotonic()
   keeper = KeeperProcess(idle_exit_s=60)
-  seconds = time.monotonic() - start
+  proc = pathlib.Path(f'/proc/{keeper.process.pid}')
   try:
-    maps = pathlib.Path(f'/proc/{keeper.process.pid}/maps').read_text()
-    status = pathlib.Path(f'/proc/{keeper.process.pid}/status').read_text()
+    maps, status, stat = [
+      (proc / name).read_text() for name in ('maps', 'status', 'stat')
+    ]
   finally:
     keeper.kill()
   assert 'jaxlib' not in maps
-  rss_kb = int(status.partition('VmRSS:')[2].split()[0])
-  assert rss_kb < 80_000
-  assert seconds < 5  # A quarter of a second on a quiet machine.
+  assert int(status.partition('VmRSS:')[2].split()[0]) < 80_000  # kB
+  # CPU time: the machine may be busy otherwise.
+  user, system = stat.rpartition(')')[2].split()[11:13]
+  assert int(user) + int(system) < 1.5 * os.sysconf('SC_CLK_TCK')
 
 
 def test_an_idle_keeper_ends_if_it_is_told_to():

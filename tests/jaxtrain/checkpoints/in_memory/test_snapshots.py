@@ -4,10 +4,13 @@ Eight simulated devices in one process, whose parts go to keepers in processes
 of their own or, where a test looks into them, in threads.
 """
 
+import dataclasses
+import gc
 import itertools
 import json
 import logging
 import os
+import pathlib
 import signal
 import socket
 import time
@@ -121,18 +124,13 @@ def test_any_loss_and_any_mesh(keepers, num_parity):
     assert (snapshots.saved, snapshots.failed) == (3, 0)
     assert snapshots.absent == {}
     # Read as if these were not there; really killed below.
+    (newest, *_), _ = reader.find(_addresses(keepers), 10)
     for lost in itertools.combinations(range(4), num_parity):
-      found, _ = reader.find(_addresses(keepers), 10)
-      without = reader._merge(
-        found[0].id,
-        [
-          v
-          for i, k in enumerate(keepers)
-          if i not in lost
-          for v in reader._ask(k.address, 10)
-          if tuple(v['version']) == found[0].id
-        ],
-        {},
+      without = dataclasses.replace(
+        newest,
+        has_data=newest.has_data - set(lost),
+        has_parity=newest.has_parity - set(lost),
+        missing=dict.fromkeys(lost, 'lost'),
       )
       assert without.why_not() is None
       with reader.Reader(without, 10) as source:
@@ -142,7 +140,7 @@ def test_any_loss_and_any_mesh(keepers, num_parity):
         for i, header in source.headers.items():
           start = 0
           for sums in header['checksums']:
-            chunk = source.data[i][start : start + found[0].group.chunk_bytes]
+            chunk = source.data[i][start : start + newest.group.chunk_bytes]
             assert checksums.of_chunk(chunk) == sums
             start += chunk.size
     for keeper in keepers[1 : 1 + num_parity]:
@@ -223,7 +221,7 @@ def test_a_keeper_that_hangs_does_not_hang_the_trainer(keepers):
       snapshots.wait()
       snapshots.save(3, _state(3))
       snapshots.wait()
-      assert time.monotonic() - start < 20
+      assert time.monotonic() - start < 40
       assert keepers[3].address in snapshots.absent
       state, _, _ = snapshots.restore(_state(0))
       assert int(state['step']) in (1, 2, 3)
@@ -308,17 +306,30 @@ def test_damaged_memory_is_noticed_and_mended(
 
 
 def test_memory_is_used_again_and_old_versions_go(threads):
+  gc.collect()
+  before = _count_slots()
   with InMemorySnapshots(_addresses(threads)) as snapshots:
     counts = []
     for step in range(12):
       snapshots.save(step, _state(step, 'all'))
       snapshots.wait()
-      counts.append(len(os.listdir('/proc/self/fd')))
-    assert len(set(counts[4:])) == 1
+      counts.append(_count_slots() - before)
+    # Two versions and one being written, each bytes and a row of parity.
+    assert set(counts[4:]) == {4 * 3 * 2}
   for keeper in threads:
     held = keeper.versions.describe()
     assert [v['version'][1] for v in held] == [10, 11]
     assert all(v['committed'] for v in held)
+    keeper.close()
+  del snapshots
+  gc.collect()
+  assert _count_slots() == before
+
+
+def _count_slots():
+  """Different mapped files; a trainer here has its own mapping of some."""
+  lines = pathlib.Path('/proc/self/maps').read_text().splitlines()
+  return len({x.split()[4] for x in lines if 'memfd:snapshot' in x})
 
 
 def test_replicas_are_kept_once(threads):

@@ -104,7 +104,7 @@ def _run(what, keepers):
   ]
   try:
     for child in children:
-      out, err = child.communicate(timeout=120)
+      out, err = child.communicate(timeout=240)
       assert child.returncode == 0, err[-4000:]
       assert out.endswith('done\n')
   finally:
