@@ -3,7 +3,7 @@ r"""What a checkpoint costs a training run: orbax's two ways, and lazy saves.
 python -m experiments.benchmarks.checkpoint_saves
 python -m experiments.benchmarks.checkpoint_saves --quick --output=/tmp/s.json
 
-A Llama of 83 M parameters with AdamW, 1 GB of float32 state, on this host's
+A Llama of 85 M parameters with AdamW, 1 GB of float32 state, on this host's
 disk. Contenders take turns in one process, on one state:
 
 * no saves, of one program a step or of two (`make_split_step`);
@@ -50,7 +50,7 @@ from jaxtrain.sharding import make_mesh
 _RESULTS = pathlib.Path(__file__).parent / 'results' / 'checkpoint_saves.json'
 _CONTENDERS = ('one program', 'two programs', 'sync', 'async', 'lazy')
 _EMBED_DIM = flags.DEFINE_integer(
-  'embed_dim', 640, 'D, of 12 layers; a multiple of 64.', lower_bound=64
+  'embed_dim', 704, 'D, of 12 layers; a multiple of 64.', lower_bound=64
 )
 _TOKENS = flags.DEFINE_integer('tokens', 2048, 'Per step.', lower_bound=128)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of one save.', lower_bound=1)
