@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from experiments import choices
+from jaxtrain import batch_size as batch_size_family
 from jaxtrain import data
 from jaxtrain import distributed
 from jaxtrain import loop
@@ -64,6 +65,7 @@ def run(
   context: str | Mapping[str, Any] | None = 'auto',
   mlp_chunk: int | None = None,
   seed: int = 0,
+  grow: Mapping[str, Any] | None = None,
   eval_batches: int = 16,
   **options: Any,
 ) -> loop.TrainResult:
@@ -98,6 +100,8 @@ def run(
       `choices.context_parallelism`: 'auto', or such as
       {'name': 'ring', 'layout': 'striped'}.
     seed: Of parameters and data order.
+    grow: Lets batches grow with the noise scale, from `batch_size` rows: the
+      arguments of `batch_size.growing`, such as {'max_rows': 256}.
     eval_batches: Batches per evaluation on the validation split; 0 never
       evaluates.
     **options: Those of `OPTIONS`, and what is not for a config to say, such as
@@ -128,6 +132,16 @@ def run(
     sharding=named_sharding(mesh, rules, 'batch', 'seq'),
   )
   metadata, train_data = {'tokenizer': str(tokenizer)}, dataset('train')
+  if grow is not None:
+    train_data = choices.named(
+      batch_size_family,
+      'grow',
+      {'name': 'growing', **grow},
+      dataset=train_data,
+      rows=batch_size,
+      seq_len=seq_len,
+    )
+    options['noise_scale'] = True
   made_by = transformer, tx, mesh, rules, seed
   _begin(workdir, initial, made_by, train_data, metadata)
   return loop.train(

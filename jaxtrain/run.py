@@ -123,7 +123,7 @@ class Run:
     self.eval_step = self.meter = None
     self.compile_s, self.num_programs = 0.0, 0
     self.saved_at = self.evaluated_at = self.snapshot_at = None
-    self.history, self.window = [], []
+    self.history, self.window, self.observed = [], [], {}
     self.goodput = self.files.goodput
     self.watch = Watch(self.goodput, self.heartbeat, self.mesh)
 
@@ -288,7 +288,7 @@ class Run:
       raise NonFiniteError(self._describe(dispatched, metrics))
     self.watch.step_done(dispatched.step, dispatched.fingerprint)
     if observe := getattr(self.iterator, 'observe', None):
-      metrics |= observe(metrics)
+      self.observed = observe(metrics)
     self.window.append(metrics)
     if dispatched.step % self.log_every == 0:
       self._log(dispatched.step)
@@ -302,7 +302,7 @@ class Run:
     }
     self.window = []
     rates = self.meter.recent() if self.meter else {}  # Of no step yet.
-    self._note(step, means | rates)
+    self._note(step, means | self.observed | rates)
     if self.files.metrics:
       parts = self.goodput.fractions()
       self.files.metrics.write(

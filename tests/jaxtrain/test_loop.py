@@ -15,6 +15,7 @@ from jaxtrain import goodput
 from jaxtrain import heartbeat
 from jaxtrain import loop
 from jaxtrain import metrics as metrics_lib
+from jaxtrain.batch_size.growing import growing
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.heartbeat import Heartbeat
 from jaxtrain.models.config import ModelConfig
@@ -23,8 +24,10 @@ from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import make_mesh
 from tests.jaxtrain.tiny_run import CONFIG
 from tests.jaxtrain.tiny_run import MESHES
+from tests.jaxtrain.tiny_run import B
 from tests.jaxtrain.tiny_run import Batches
 from tests.jaxtrain.tiny_run import Iterator
+from tests.jaxtrain.tiny_run import T
 from tests.jaxtrain.tiny_run import V
 from tests.jaxtrain.tiny_run import assert_same_state
 from tests.jaxtrain.tiny_run import losses
@@ -231,6 +234,23 @@ def test_batches_that_change_shape():
 
   with pytest.raises(ValueError, match=r'step 3: a batch of shape \(4, 16\)'):
     train(dataset=batches())
+
+
+def test_growing_batches_are_resumed_exactly(tmp_path):
+  options = dict(spec='data=8', noise_scale=True, steps=9)
+  rows = lambda: growing(
+    Batches(), rows=B, seq_len=T, max_rows=4 * B, patience=2, tolerance=1e-3
+  )
+  whole = train(dataset=rows(), **options)
+  first = train(dataset=rows(), workdir=tmp_path, **options | dict(steps=4))
+  second = train(dataset=rows(), workdir=tmp_path, **options)
+  assert losses(first) + losses(second) == losses(whole)
+  assert_same_state(second, whole)
+  sizes = [r['weight'] for r in whole.history]
+  assert sizes == sorted(sizes)
+  assert set(sizes) == {B * T, 2 * B * T, 4 * B * T}
+  assert whole.history[-1]['tokens'] == sum(sizes)
+  assert whole.num_programs == 4
 
 
 @pytest.mark.parametrize(
