@@ -53,13 +53,15 @@ def _run(folder, faults, arguments):
     _supervise(folder, faults, arguments)
   events = _events(folder)
   record = goodput.read(folder)
+  failures = _failures(folder, events, faults)
   return dict(
     losses={r['step']: r['loss'] for r in metrics.read(folder)},
-    failures=_failures(folder, events, faults),
+    failures=failures,
     events=[{k: v for k, v in e.items() if k != 'pids'} for e in events],
     seconds=record.seconds,
     fractions=record.fractions,
-    lost_steps=sum(i.lost_steps for i in record.incarnations),
+    # By heartbeats; the account of time forgets up to a second before a kill.
+    lost_steps=sum(f['lost_steps'] for f in failures),
     record=record,
   )
 

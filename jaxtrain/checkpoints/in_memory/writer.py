@@ -69,6 +69,10 @@ class Writer:
       stripes.chunk_bytes(max(layout.num_bytes)),
     )
     version_id = (self._generation, step)
+    for leaf in leaves.values():
+      # JAX makes this list at the first call, and another thread that calls
+      # meanwhile may see, and keep, a part of it.
+      getattr(leaf, 'addressable_shards', None)
     with futures.ThreadPoolExecutor(len(self._feeds)) as pool:
       # Together, for a version counts when all members have it.
       jobs = [
