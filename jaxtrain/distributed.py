@@ -22,6 +22,7 @@ def initialize(
   Without arguments the cluster is detected: TPU pods and slices (from the
   environment or the metadata server), SLURM and Open MPI jobs of several tasks.
   A single process, detected or said by `num_processes=1`, joins nothing.
+  Several processes of CPUs compile without JAX's persistent cache from here on.
 
   Args:
     coordinator: 'host:port' of process 0.
@@ -58,6 +59,10 @@ def initialize(
   jax.distributed.initialize(
     coordinator, num_processes, process_id, initialization_timeout=timeout_s
   )
+  if jax.process_count() > 1 and jax.devices()[0].platform == 'cpu':
+    # Only process 0 fills JAX's cache of programs; one that is read and one
+    # that is compiled may order their collectives differently, and gloo aborts.
+    jax.config.update('jax_enable_compilation_cache', False)
   return jax.process_count() > 1
 
 

@@ -1,6 +1,6 @@
 """Processes of the supervisor: started, heard, and never left behind."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import os
 import pathlib
 import signal
@@ -19,7 +19,6 @@ class Child:
     name: Stands before each line of its output.
     command: Program and arguments.
     say: Called with each line, from a thread.
-    env: Variables to set beside those of this process.
   """
 
   def __init__(
@@ -27,7 +26,6 @@ class Child:
     name: str,
     command: Sequence[str],
     say: Callable[[str], None],
-    env: Mapping[str, str] | None = None,
   ):
     self._process = subprocess.Popen(
       # -I -S: nothing is imported that the program itself would not.
@@ -35,7 +33,6 @@ class Child:
         *(sys.executable, '-I', '-S', str(_DIE_WITH_PARENT)),
         *(str(os.getpid()), *command),
       ],
-      env={**os.environ, **(env or {})},
       stdin=subprocess.DEVNULL,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

@@ -62,19 +62,14 @@ class Trainers:
     ]
     if len(plan.slots) > 1:
       shared.append(f'--coordinator=127.0.0.1:{processes.free_port()}')
-    env = {}
     if self._devices:
       shared.append(f'--simulate_devices={self._devices}')
-      if len(plan.slots) > 1:
-        # Only process 0 writes to JAX's cache of programs. On CPUs one that is
-        # read and one that is compiled order their collectives differently.
-        env['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
     if plan.accumulation != self._accumulation:
       shared.append(f'--override=accumulation={plan.accumulation}')
     for index, slot in enumerate(plan.slots):
       own = [f'--process_id={index}', f'--heartbeat={self._file(slot)}']
       self._children[slot] = processes.Child(
-        str(slot), [*self._program, *shared, *own], self._say, env
+        str(slot), [*self._program, *shared, *own], self._say
       )
 
   def exits(self) -> dict[int, int]:

@@ -50,6 +50,19 @@ def test_one_process_joins_nothing():
   assert not distributed.initialize('host:1', 1, 0)
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_several_processes_of_cpus_share_no_cache(count, monkeypatch):
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *a, **k: None)
+  monkeypatch.setattr(jax, 'process_count', lambda: count)
+  before = jax.config.jax_enable_compilation_cache
+  assert before
+  try:
+    assert distributed.initialize('host:1', 2, 0) == (count == 2)
+    assert jax.config.jax_enable_compilation_cache == (count == 1)
+  finally:
+    jax.config.update('jax_enable_compilation_cache', before)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Device:
   id: int

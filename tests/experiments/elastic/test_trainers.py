@@ -10,9 +10,8 @@ from experiments.elastic.trainers import Trainers
 from jaxtrain.heartbeat import Heartbeat
 
 _PROGRAM = """
-import json, os, sys
-cache = os.environ.get('JAX_ENABLE_COMPILATION_CACHE')
-print(json.dumps([sys.argv[1:], cache]), flush=True)
+import json, sys
+print(json.dumps(sys.argv[1:]), flush=True)
 sys.exit(3)
 """
 
@@ -57,7 +56,7 @@ def _run(trainers, said, plan, more=()):
 def test_several_know_of_each_other(make_trainers, tmp_path):
   given = _run(*make_trainers(), Start((1, 3), 'data=4', 4), ['--keepers=a,b'])
   for index, slot in enumerate((1, 3)):
-    arguments, cache = given[slot]
+    arguments = given[slot]
     shared = {
       '--config=x',
       f'--workdir={tmp_path}/run',
@@ -71,14 +70,13 @@ def test_several_know_of_each_other(make_trainers, tmp_path):
     }
     (coordinator,) = set(arguments) - shared
     assert coordinator.startswith('--coordinator=127.0.0.1:')
-    assert cache == 'false'
 
 
 def test_one_joins_nobody(make_trainers):
-  ((arguments, cache),) = _run(
+  (arguments,) = _run(
     *make_trainers(devices=0), Start((2,), 'data=1', 2)
   ).values()
-  assert '--num_processes=1' in arguments and cache is None
+  assert '--num_processes=1' in arguments
   for flag in ('--coordinator', '--simulate_devices', '--override'):
     assert not any(a.startswith(flag) for a in arguments)
 
