@@ -1,11 +1,5 @@
 """One process saves and two convert, then the reverse; data state too."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,18 +8,11 @@ import pytest
 from jaxtrain.checkpoints import convert
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.sharding import make_mesh
+from tests.jaxtrain.checkpoints import two_processes
 
-_ROOT = pathlib.Path(__file__).parents[3]
 _SHAPE = (4, 16, 8)
 _CHILD = """
-import sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, source, target = sys.argv[1:]
-index = int(index)
-jax.distributed.initialize(address, 2, index)
+source, target = arguments
 import jax.numpy as jnp, numpy as np
 from jaxtrain.checkpoints import convert, remap, stored
 from jaxtrain.checkpoints.manager import CheckpointManager
@@ -77,29 +64,8 @@ def folders(tmp_path_factory):
   state = {'params': {'layers': {'w': jax.device_put(w, by_row)}}}
   with CheckpointManager(source) as manager:
     manager.save(5, state | {'step': jnp.int32(5)}, data_state={'position': 5})
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), str(source), str(target)],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    for child in children:
-      out, err = child.communicate(timeout=120)
-      assert child.returncode == 0, err[-4000:]
-      assert out.endswith('done\n')
-  finally:
-    for child in children:
-      child.kill()
+  for out in two_processes.run(_CHILD, source, target):
+    assert out.endswith('done\n')
   return source, target
 
 

@@ -1,23 +1,13 @@
 """Two processes load one model onto a common mesh and export it together."""
 
-import os
 import pathlib
-import socket
-import subprocess
-import sys
 
-import pytest
+from tests.jaxtrain.checkpoints import two_processes
 
 _ROOT = pathlib.Path(__file__).parents[3]
 _GOLDEN = _ROOT / 'tests' / 'golden'
 _CHILD = """
-import sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, source, target = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(index))
+source, target = arguments
 from jaxtrain.checkpoints import safetensors_io
 from jaxtrain.checkpoints.huggingface import load_huggingface
 from jaxtrain.checkpoints.huggingface import save_huggingface
@@ -47,30 +37,8 @@ print('done')
 
 def test_two_processes_load_and_export(tmp_path):
   source = _GOLDEN / 'llama3'
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), source, tmp_path / 'new'],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    for child in children:
-      output, _ = child.communicate(timeout=120)
-      assert child.returncode == 0 and 'done' in output, output[-3000:]
-  except subprocess.TimeoutExpired:
-    pytest.fail('the processes wait for each other')
-  finally:
-    for child in children:
-      child.kill()
+  for out in two_processes.run(_CHILD, source, tmp_path / 'new'):
+    assert 'done' in out
   import safetensors.numpy as st
 
   tensors = {}

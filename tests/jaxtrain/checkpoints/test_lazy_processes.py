@@ -1,21 +1,9 @@
 """Two processes save lazily while they train together, and both restore."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
+from tests.jaxtrain.checkpoints import two_processes
 
-_ROOT = pathlib.Path(__file__).parents[3]
 _CHILD = """
-import sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, folder = sys.argv[1:]
-index = int(index)
-jax.distributed.initialize(address, 2, index)
+(folder,) = arguments
 import threading
 from jax.experimental import multihost_utils
 import numpy as np
@@ -76,30 +64,8 @@ print('done', manager._lazy.staging.peak_bytes)
 
 
 def test_two_processes(tmp_path):
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), str(tmp_path)],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  peaks = []
-  try:
-    for child in children:
-      out, err = child.communicate(timeout=120)
-      assert child.returncode == 0, err[-4000:]
-      peaks.append(int(out.split('done ')[1]))
-  finally:
-    for child in children:
-      child.kill()
+  outputs = two_processes.run(_CHILD, tmp_path)
+  peaks = [int(out.split('done ')[1]) for out in outputs]
   assert max(peaks) <= 12_000
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     f'{i:08}' for i in range(8)

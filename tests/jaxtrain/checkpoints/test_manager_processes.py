@@ -1,11 +1,5 @@
 """Two processes save and restore together, and one reads what two wrote."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +7,10 @@ import pytest
 
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.sharding import make_mesh
+from tests.jaxtrain.checkpoints import two_processes
 
-_ROOT = pathlib.Path(__file__).parents[3]
 _CHILD = """
-import sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, folder = sys.argv[1:]
-index = int(index)
-jax.distributed.initialize(address, 2, index)
+(folder,) = arguments
 import jax.numpy as jnp, numpy as np
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.sharding import make_mesh
@@ -70,29 +57,8 @@ print('done')
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('processes')
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), str(folder)],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    for child in children:
-      out, err = child.communicate(timeout=120)
-      assert child.returncode == 0, err[-4000:]
-      assert out.endswith('done\n')
-  finally:
-    for child in children:
-      child.kill()
+  for out in two_processes.run(_CHILD, folder):
+    assert out.endswith('done\n')
   return folder
 
 

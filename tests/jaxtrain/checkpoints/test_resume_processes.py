@@ -1,26 +1,15 @@
 """Two processes agree on damage, on the step to resume, and on failure."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import pytest
 
 from jaxtrain.checkpoints import file_list
+from tests.jaxtrain.checkpoints import two_processes
 
-_ROOT = pathlib.Path(__file__).parents[3]
 _CHILD = """
-import errno, json, sys, time
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 2)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, folder = sys.argv[1:]
-index = int(index)
-jax.distributed.initialize(address, 2, index)
+import errno, json, time
+(folder,) = arguments
 import numpy as np
 from jaxtrain.checkpoints import agreement, disk_space, file_list
 from jaxtrain.checkpoints.manager import CheckpointManager
@@ -102,31 +91,8 @@ print('SAID', json.dumps(said))
 def said(tmp_path_factory):
   """What each of two processes says, and their folder."""
   folder = tmp_path_factory.mktemp('processes')
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), str(folder)],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  said = []
-  try:
-    for child in children:
-      out, err = child.communicate(timeout=240)
-      assert child.returncode == 0, err[-4000:]
-      said.append(json.loads(out.partition('SAID ')[2]))
-  finally:
-    for child in children:
-      child.kill()
-  return said, folder
+  outputs = two_processes.run(_CHILD, folder, devices=2)
+  return [json.loads(out.partition('SAID ')[2]) for out in outputs], folder
 
 
 def test_both_name_the_damage_that_one_has_found(said):

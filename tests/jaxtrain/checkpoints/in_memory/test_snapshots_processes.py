@@ -1,11 +1,5 @@
 """Two processes of one program save together; one or two restore."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +8,10 @@ import pytest
 from jaxtrain.checkpoints.in_memory.keeper import KeeperProcess
 from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.sharding import make_mesh
+from tests.jaxtrain.checkpoints import two_processes
 
-_ROOT = pathlib.Path(__file__).parents[4]
 _CHILD = """
-import sys
-import jax
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-address, index, what, *keepers = sys.argv[1:]
-index = int(index)
-jax.distributed.initialize(address, 2, index)
+what, *keepers = arguments
 import jax.numpy as jnp, numpy as np
 from jaxtrain.checkpoints.in_memory.snapshots import InMemorySnapshots
 from jaxtrain.sharding import make_mesh
@@ -86,30 +73,9 @@ print('done')
 
 
 def _run(what, keepers):
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'PYTHONPATH': str(_ROOT)}
-  env.pop('XLA_FLAGS', None)
   addresses = [k.address for k in keepers]
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', _CHILD, address, str(i), what, *addresses],
-      env=env,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    for child in children:
-      out, err = child.communicate(timeout=240)
-      assert child.returncode == 0, err[-4000:]
-      assert out.endswith('done\n')
-  finally:
-    for child in children:
-      child.kill()
+  for out in two_processes.run(_CHILD, what, *addresses):
+    assert out.endswith('done\n')
 
 
 def test_two_processes():
