@@ -145,31 +145,14 @@ def make_split_step(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   rules: ShardingRules,
-  *,
-  accumulation: int = 1,
-  max_grad_norm: float | None = 1.0,
-  z_loss: float = 0.0,
-  learning_rate: optax.Schedule | None = None,
-  context: Context | None = None,
-  noise_scale: bool = False,
-  mean_square: bool = False,
+  **options: Any,
 ) -> SplitStep:
   """Builds the two programs of a step; arguments as of `make_train_step`.
 
   They do what its one program does, up to rounding: XLA fuses each on its own.
   """
   spec, gradients, update_state, out = _halves(
-    model,
-    tx,
-    mesh,
-    rules,
-    accumulation=accumulation,
-    max_grad_norm=max_grad_norm,
-    z_loss=z_loss,
-    learning_rate=learning_rate,
-    context=context,
-    noise_scale=noise_scale,
-    mean_square=mean_square,
+    model, tx, mesh, rules, **options
   )
   return SplitStep(
     jax.jit(
@@ -192,13 +175,13 @@ def _halves(
   mesh,
   rules,
   *,
-  accumulation,
-  max_grad_norm,
-  z_loss,
-  learning_rate,
-  context,
-  noise_scale,
-  mean_square,
+  accumulation=1,
+  max_grad_norm=1.0,
+  z_loss=0.0,
+  learning_rate=None,
+  context=None,
+  noise_scale=False,
+  mean_square=False,
 ):
   """The two halves of a step, not jitted, and what is between them.
 
