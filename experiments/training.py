@@ -115,7 +115,6 @@ def run(
     ValueError: An unknown name (known ones are listed), or sizes that do not
       fit together.
   """
-  text = _tokenizer(tokenizer, model, seq_len)
   rules = choices.sharding_rules(rules)
   mesh = make_mesh(mesh, across_slices=across_slices)
   rate = _rate(schedule, steps)
@@ -124,42 +123,39 @@ def run(
   dataset = functools.partial(
     _dataset,
     source,
-    tokenizer=text,
+    tokenizer=_tokenizer(tokenizer, model, seq_len),
     seq_len=seq_len,
     batch_size=batch_size,
     seed=seed,
     packing=packing,
     sharding=named_sharding(mesh, rules, 'batch', 'seq'),
   )
-  metadata, train_data = {'tokenizer': str(tokenizer)}, dataset('train')
-  if grow is not None:
-    train_data = choices.named(
-      batch_size_family,
-      'grow',
-      {'name': 'growing', **grow},
-      dataset=train_data,
-      rows=batch_size,
-      seq_len=seq_len,
-    )
-    options['noise_scale'] = True
-  made_by = transformer, tx, mesh, rules, seed
+  metadata = {'tokenizer': str(tokenizer)}
+  train_data = _growing(grow, dataset('train'), batch_size, seq_len)
+  where = dict(mesh=mesh, rules=rules, seed=seed)
+  made_by = transformer, tx, *where.values()
   _begin(workdir, initial, made_by, train_data, metadata)
   return loop.train(
     transformer,
     tx,
     train_data,
-    mesh=mesh,
-    rules=rules,
+    **where,
     steps=steps,
-    seed=seed,
     workdir=workdir,
     metadata=metadata,
     eval_dataset=dataset('validation') if eval_batches else None,
     eval_batches=max(eval_batches, 1),
     learning_rate=rate,
     context=choices.context_parallelism(context, model, mesh, rules, seq_len),
-    **options,
+    **options | ({'noise_scale': True} if grow else {}),
   )
+
+
+def _growing(options, dataset, rows, seq_len):
+  if options is None:
+    return dataset
+  options = {'name': 'growing', 'rows': rows, 'seq_len': seq_len, **options}
+  return choices.named(batch_size_family, 'grow', options, dataset=dataset)
 
 
 def model_and_optimizer(

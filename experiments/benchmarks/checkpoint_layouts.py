@@ -33,9 +33,6 @@ from jaxtrain.sharding import simulate_devices
 _RESULTS = pathlib.Path(__file__).parent / 'results' / 'checkpoint_layouts.json'
 _OUTPUT = flags.DEFINE_string('output', str(_RESULTS), 'JSON.')
 
-# Of the losses, between layouts.
-TOLERANCE = 1e-6
-
 
 def main(argv):
   if len(argv) > 1:
@@ -59,7 +56,7 @@ def main(argv):
       worst = max(r['difference'] for r in mine)
       print(f'{source} on {len(mine)} layouts: {worst:.1e}', flush=True)
   wrong = [
-    r for r in records if not r['same_bits'] or r['difference'] > TOLERANCE
+    r for r in records if not r['same_bits'] or r['difference'] > runs.TOLERANCE
   ]
   result = dict(
     command='python -m experiments.benchmarks.checkpoint_layouts',
@@ -68,7 +65,7 @@ def main(argv):
     pairs=len(records),
     same_bits=sum(r['same_bits'] for r in records),
     largest_difference=max(r['difference'] for r in records),
-    tolerance=TOLERANCE,
+    tolerance=runs.TOLERANCE,
     records=records,
   )
   path = pathlib.Path(_OUTPUT.value)
@@ -85,7 +82,7 @@ def _draw(names, records, path):
   grid = np.array([r['difference'] for r in records]).reshape(len(names), -1)
   figure = matplotlib.figure.Figure((8.5, 7.5), layout='constrained')
   axis = figure.subplots()
-  image = axis.imshow(grid, cmap='Blues', vmin=0, vmax=TOLERANCE)
+  image = axis.imshow(grid, cmap='Blues', vmin=0, vmax=runs.TOLERANCE)
   for i in range(len(names)):
     for j in range(len(names)):
       record = records[i * len(names) + j]

@@ -23,6 +23,9 @@ from jaxtrain.sharding import make_mesh
 from jaxtrain.sharding.partition import constrainer
 from jaxtrain.train_state import TrainState
 
+# Of the losses, between layouts.
+TOLERANCE = 1e-6
+
 # Name, which is the mesh, to the preset of rules.
 LAYOUTS = {
   '': 'default',

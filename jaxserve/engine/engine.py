@@ -26,6 +26,7 @@ from jaxserve.engine.memory import Memory
 from jaxserve.engine.metrics import Metrics
 from jaxserve.engine.outputs import RequestOutput
 from jaxserve.engine.outputs import logprobs_of_row
+from jaxserve.engine.request import NO_TOKEN
 from jaxserve.engine.request import Continuation
 from jaxserve.engine.request import Request
 from jaxserve.engine.request import Sink
@@ -317,7 +318,7 @@ class Engine:
         if c.features.mask is not None:
           mask = mask & c.features.mask
         if not mask.any():
-          c.fail(c.matcher.error or 'no token is allowed to come next')
+          c.fail(c.matcher.error or NO_TOKEN)
         rows.append(c.row)
         masks.append(mask)
     if rows:

@@ -22,6 +22,8 @@ from jaxtrain.checkpoints.tokenizer import IncrementalDecoder
 from jaxtrain.checkpoints.tokenizer import Tokenizer
 
 Sink = Callable[[Delta], None]
+# The error of a request whose grammar and allowed tokens exclude each other.
+NO_TOKEN = 'no token is allowed to come next'
 
 
 @dataclasses.dataclass

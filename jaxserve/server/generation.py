@@ -15,6 +15,7 @@ from jaxserve.engine.async_engine import EngineStopped
 from jaxserve.engine.async_engine import QueueFull
 from jaxserve.engine.async_engine import Stream
 from jaxserve.engine.outputs import RequestOutput
+from jaxserve.engine.request import NO_TOKEN
 from jaxserve.engine.sampling_params import SamplingParams
 from jaxserve.server import tables
 from jaxserve.server.answers import ChatAnswer
@@ -192,7 +193,7 @@ class Generation:
     for out in outputs.values():
       for c in out.outputs:
         if c.finish_reason not in ('stop', 'length'):
-          raise ApiError(500, c.error or c.finish_reason, code='engine_error')
+          raise _failed(c.error or c.finish_reason)
     return [outputs[i] for i in stream.request_ids]
 
   async def _events(
@@ -205,7 +206,7 @@ class Generation:
       async for delta in self._metrics.observed(stream, start_s):
         if delta.finish_reason not in (None, 'stop', 'length'):
           error = _error_of(delta)
-          yield ApiError(500, error, code='engine_error').body()
+          yield _failed(error).body()
           return
         at = stream.request_ids.index(delta.request_id) * n + delta.index
         if (chunk := answer.chunk(at, delta)) is not None:
@@ -230,6 +231,12 @@ def _json_schema(response_format):
 def _error_of(delta):
   completion = delta.output and delta.output.outputs[delta.index]
   return (completion and completion.error) or delta.finish_reason
+
+
+def _failed(error):
+  if error == NO_TOKEN:  # Known only as tokens come; the caller's all the same.
+    return ApiError(400, error, code='conflicting_constraints')
+  return ApiError(500, error, code='engine_error')
 
 
 def _stopped(error):

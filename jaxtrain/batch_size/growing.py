@@ -1,12 +1,14 @@
 """Batches that grow with the noise scale while a run goes on.
 
-The rule is `adaptive`, the noise scale `noise_scale`. A large batch is several
-small ones of the dataset side by side, so the order of rows does not depend on
-when the batch grew, and every row is used once. `jaxtrain.loop.train` tells the
-iterator each step's metrics as it reads them, one step late, and compiles a
-program for each size when it first comes: the size of step n + 1 follows from
-steps up to n - 1, whether or not step n is known by then. Where a run stands is
-part of the iterator's state, so a resumed run grows as an uninterrupted one.
+As AdLoCo grows them (Kutuzov et al., https://arxiv.org/abs/2508.18182), by the
+rule of `adaptive` and the noise scale of `noise_scale`. A large batch is
+several small ones of the dataset side by side, so the order of rows does not
+depend on when the batch grew, and every row is used once.
+`jaxtrain.loop.train` tells the iterator each step's metrics as it reads them,
+one step late, and compiles a program for each size when it first comes: the
+size of step n + 1 follows from steps up to n - 1, whether or not step n is
+known by then. Where a run stands is part of the iterator's state, so a resumed
+run grows as an uninterrupted one.
 """
 
 import collections

@@ -6,10 +6,9 @@ import pathlib
 import jax
 import pytest
 
-from experiments.benchmarks import checkpoint_layouts
 from experiments.benchmarks import checkpoint_layouts_runs as runs
 
-_RESULTS = pathlib.Path(checkpoint_layouts.__file__).parent / 'results'
+_RESULTS = pathlib.Path(runs.__file__).parent / 'results'
 _NAMES = list(runs.LAYOUTS)
 
 
@@ -58,7 +57,7 @@ def test_training_goes_on_with_the_same_losses(tmp_path):
     for target in made:
       record = runs.pair(source, target)
       assert record['same_bits']
-      assert record['difference'] <= checkpoint_layouts.TOLERANCE
+      assert record['difference'] <= runs.TOLERANCE
 
 
 def test_the_full_matrix_has_been_run():
@@ -67,4 +66,4 @@ def test_the_full_matrix_has_been_run():
   assert pairs == {(a, b) for a in _NAMES for b in _NAMES}
   assert all(r['same_bits'] for r in result['records'])
   worst = max(r['difference'] for r in result['records'])
-  assert 0 < worst <= checkpoint_layouts.TOLERANCE
+  assert 0 < worst <= runs.TOLERANCE

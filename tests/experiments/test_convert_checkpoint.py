@@ -1,22 +1,27 @@
 """The binary plans, writes what training and serving read, spares the rest."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
-from absl.testing import flagsaver
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import checkpoint_conversion
 from experiments import configs
-from experiments import convert_checkpoint
 from experiments import training
 from jaxtrain import train_state
 from jaxtrain.checkpoints import manager as manager_lib
 from jaxtrain.checkpoints.manager import CheckpointManager
 from jaxtrain.sharding import PRESETS
 from jaxtrain.sharding import make_mesh
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 _RULES = PRESETS['default']
 _LAMB = 'optimizer={"name": "lamb"}'
@@ -58,19 +63,19 @@ def _assert_equal(found, wanted):
 def test_a_converted_checkpoint_is_one_like_any_other(tmp_path, saved):
   source, state = saved
   target = tmp_path / 'run' / 'checkpoints'
-  convert_checkpoint.run(source, target, step=3, mesh='fsdp=4')
+  checkpoint_conversion.run(source, target, step=3, mesh='fsdp=4')
   with CheckpointManager(target) as manager:
     assert manager.all_steps() == [3]
     found, data_state, metadata = manager.restore(_abstract(mesh='')[1])
   _assert_equal(found, state)
   assert (data_state, metadata) == ({'at': 3}, {'tokenizer': 'byte'})
   with pytest.raises(ValueError, match='nothing is overwritten'):
-    convert_checkpoint.run(source, target)
+    checkpoint_conversion.run(source, target)
 
 
 def test_parameters_alone_in_another_dtype_are_served(tmp_path, saved):
   source, state = saved
-  plan = convert_checkpoint.run(
+  plan = checkpoint_conversion.run(
     source, tmp_path / 'x', dtype='bfloat16', params_only=True
   )
   assert all(r.target.startswith('params/') for r in plan.rows if r.target)
@@ -93,9 +98,9 @@ def test_parameters_do_not_need_the_data_states_to_agree(tmp_path, saved):
   with pytest.raises(
     ValueError, match='data states of 2 processes, which diff'
   ):
-    convert_checkpoint.run(copy, tmp_path / 'x')
+    checkpoint_conversion.run(copy, tmp_path / 'x')
   assert not (tmp_path / 'x').exists()
-  convert_checkpoint.run(copy, tmp_path / 'x', params_only=True)
+  checkpoint_conversion.run(copy, tmp_path / 'x', params_only=True)
 
 
 def test_another_optimizer_and_vocabulary(tmp_path, saved):
@@ -109,7 +114,7 @@ def test_another_optimizer_and_vocabulary(tmp_path, saved):
     {'rule': 'drop', 'from': '/rng'},
     {'rule': 'init', 'from': '/rng'},
   ]
-  convert_checkpoint.run(source, tmp_path / 'x', rules, config=config)
+  checkpoint_conversion.run(source, tmp_path / 'x', rules, config=config)
   with CheckpointManager(tmp_path / 'x') as manager:
     found, _, _ = manager.restore(target)
   old, new = state['opt_state'][0], found['opt_state'][0]
@@ -119,12 +124,12 @@ def test_another_optimizer_and_vocabulary(tmp_path, saved):
   _, run_key = jax.random.split(jax.random.key(1, impl='threefry2x32'))
   np.testing.assert_array_equal(found['rng'], jax.random.key_data(run_key))
   # The same in the words of the stored architecture.
-  convert_checkpoint.run(
+  checkpoint_conversion.run(
     source, tmp_path / 'y', rules[:2], model=['vocab_size=320']
   )
   assert manager_lib.read_config(tmp_path / 'y')[0].vocab_size == 320
   with pytest.raises(ValueError, match='embedding has shape .320, 32., wanted'):
-    convert_checkpoint.run(source, None, rules[:2])
+    checkpoint_conversion.run(source, None, rules[:2])
 
 
 def test_a_config_begins_with_another_runs_checkpoint(tmp_path, saved):
@@ -149,19 +154,30 @@ def test_a_config_begins_with_another_runs_checkpoint(tmp_path, saved):
     training.run(tmp_path, **config, initial=initial | {'rule': []})
 
 
-def test_a_dry_run_prints_and_writes_nothing(tmp_path, saved, capsys):
+def _binary(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.convert_checkpoint', *arguments],
+    cwd=_ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def test_a_dry_run_prints_and_writes_nothing(tmp_path, saved):
   source, _ = saved
   file = tmp_path / 'rules.py'
   file.write_text("RULES = [{'rule': 'optimizer'}]\n")
-  with flagsaver.flagsaver(
-    source=str(source),
-    rules=str(file),
-    config='byte_stdlib_tiny',
-    override=[_LAMB],
-    dry_run=True,
-  ):
-    convert_checkpoint.main(['convert_checkpoint'])
-  printed = capsys.readouterr().out.splitlines()
+  done = _binary(
+    f'--source={source}',
+    f'--rules={file}',
+    '--config=byte_stdlib_tiny',
+    f'--override={_LAMB}',
+    '--dry_run',
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  printed = done.stdout.splitlines()
   assert 'step 6' in printed[0] and '40 leaves' in printed[0]
   lines = [line.split() for line in printed]
   name = 'opt_state/0/nu/final_norm/scale'
@@ -172,7 +188,7 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, saved, capsys):
 
 def test_wrong_use_is_named(tmp_path, saved):
   source, _ = saved
-  read = convert_checkpoint.read_rules
+  read = checkpoint_conversion.read_rules
   file = tmp_path / 'rules.json'
   file.write_text(json.dumps([{'rule': 'drop', 'from': 'x'}]))
   assert read(str(file)) == [{'rule': 'drop', 'from': 'x'}]
@@ -181,9 +197,9 @@ def test_wrong_use_is_named(tmp_path, saved):
   with pytest.raises(ValueError, match='no rules at .*none.py'):
     read(str(tmp_path / 'none.py'))
   with pytest.raises(ValueError, match='is not field=json; fields: vocab_size'):
-    convert_checkpoint.run(source, None, model=['size=3'])
+    checkpoint_conversion.run(source, None, model=['size=3'])
   with pytest.raises(ValueError, match="dtype='int8' is not one of float32"):
-    convert_checkpoint.run(source, None, dtype='int8')
-  with flagsaver.flagsaver(source=str(source)):
-    with pytest.raises(SystemExit, match='either --target or --dry_run'):
-      convert_checkpoint.main(['convert_checkpoint'])
+    checkpoint_conversion.run(source, None, dtype='int8')
+  done = _binary(f'--source={source}')
+  assert done.returncode == 1
+  assert 'either --target or --dry_run' in done.stderr

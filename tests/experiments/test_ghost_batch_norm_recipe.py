@@ -1,6 +1,6 @@
 """What the recipe's table says is chosen by validation images alone."""
 
-from experiments import ghost_batch_norm_recipe as recipe
+from experiments import ghost_batch_norm_arms as recipe
 from experiments import ghost_batch_norm_runs as runs
 
 _SETTING = runs.Setting(small_batch=32, large_batch=512, epochs=40)
