@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import runpy
+import sys
 from typing import Any
 
 import jax
