@@ -196,7 +196,10 @@ def draw_goodput(ax: axes.Axes, record: goodput_lib.Record) -> None:
         ax.barh(row, seconds, left=left, height=0.7, color=color, label=label)
         labelled.add(category)
         left += seconds
-  ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=6))
+  # One bar has only one place to name.
+  ax.yaxis.set_major_locator(
+    ticker.MaxNLocator(integer=True, nbins=6, min_n_ticks=1)
+  )
   ax.set_ylim(len(record.incarnations) + 0.6, 0.4)
   ax.grid(axis='y', visible=False)
 
