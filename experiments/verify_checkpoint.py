@@ -11,6 +11,7 @@ import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 import jax
 import tqdm
 
@@ -80,7 +81,10 @@ def _verify(manager, step):
 
 def main(argv):
   """Verifies what the flags say."""
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown arguments {argv[1:]}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step it takes.
   jax.config.update('jax_platforms', 'cpu')
   sys.exit(verify(_DIRECTORY.value, _STEP.value))
 
