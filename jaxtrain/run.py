@@ -302,19 +302,19 @@ class Run:
     }
     self.window = []
     rates = self.meter.recent() if self.meter else {}  # Of no step yet.
-    self._note(step, means | self.observed | rates)
-    if self.files.metrics:
-      parts = self.goodput.fractions()
-      self.files.metrics.write(
-        step, {f'goodput/{name}': part for name, part in parts.items()}
-      )
+    parts = self.goodput.fractions() if self.files.metrics else {}
+    self._note(
+      step,
+      means | self.observed | rates,
+      {f'goodput/{name}': part for name, part in parts.items()},
+    )
 
-  def _note(self, step, values):
+  def _note(self, step, values, only_written=None):
     if not self.history or self.history[-1]['step'] != step:
       self.history.append({'step': step})
     self.history[-1].update(values)
     if self.files.metrics:
-      self.files.metrics.write(step, values)
+      self.files.metrics.write(step, values | (only_written or {}))
     self.shown.show(step, values)
 
   def _is_evaluation_due(self):

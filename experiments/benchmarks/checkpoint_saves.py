@@ -85,9 +85,9 @@ class _Orbax:
     )
     self.waited_s = 0.0
 
-  def save(self, step, state, metrics):
+  def save(self, step, state):
     # What is saved is known to be finite; so the state is there.
-    jax.block_until_ready((state, metrics))
+    jax.block_until_ready(state)
     began = time.perf_counter()
     self._manager.save(step, args=ocp.args.PyTreeSave(vars(state)))
     return time.perf_counter() - began
@@ -115,7 +115,7 @@ class _Lazy:
     self.wait, self.close = self._manager.wait, self._manager.close
     self.waited_s = 0.0
 
-  def save(self, step, state, metrics):
+  def save(self, step, state):
     began = time.perf_counter()
     self._manager.save(step, vars(state))
     return time.perf_counter() - began
@@ -137,8 +137,8 @@ class _Nothing:
   def __init__(self, directory):
     del directory
 
-  def save(self, step, state, metrics):
-    del step, state, metrics
+  def save(self, step, state):
+    del step, state
     return 0.0
 
   def wait_copied(self):
@@ -211,7 +211,7 @@ def _one_save(training, name, directory, number):
     metrics = training.step(name, saver)
     jax.block_until_ready((training.state, metrics))
     began = time.perf_counter()
-    blocked = saver.save(number, training.state, metrics)
+    blocked = saver.save(number, training.state)
     saved = time.perf_counter()
     metrics = training.step(name, saver)
     jax.block_until_ready((training.state, metrics))
@@ -242,7 +242,7 @@ def _whole_run(training, name, directory, steps):
       behind, ahead = ahead, metrics
       known = behind if isinstance(saver, _Nothing) else metrics
       assert known is None or float(known['finite']) == 1
-      blocked.append(saver.save(i, training.state, metrics))
+      blocked.append(saver.save(i, training.state))
     jax.block_until_ready((training.state, ahead))
     stepped = time.perf_counter()
     saver.wait()

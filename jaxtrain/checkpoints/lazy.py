@@ -79,7 +79,7 @@ class LazyWriter:
 
     Args:
       state: Pytree of arrays, without random keys.
-      write: Writes a tree of the structure of `state` with `handler`; run on
+      write: Writes a tree of the structure of `state` with `options`; run on
         the thread.
       given_up: Called on the thread if nothing was written.
 
