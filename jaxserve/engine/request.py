@@ -222,9 +222,9 @@ class Continuation:
     )
 
   def send(self, now_s: float) -> None:
-    """Gives the sink what is new, if anything is."""
+    """Gives the sink what is new, if anything is; its end only once."""
     sink = self.request.sink
-    if sink is None:
+    if sink is None or self.is_sent:
       return
     end = len(self.text)
     if self.finish_reason is None:

@@ -1,5 +1,6 @@
 """What a request may ask for, through the whole engine."""
 
+import collections
 import dataclasses
 import re
 
@@ -235,6 +236,22 @@ def test_the_output_is_sent_once(engine):
     len(deltas) - 1
   ) + [True]
   assert sum(len(d.token_ids) for d in deltas) == 40
+
+
+def test_an_end_with_a_step_in_flight_is_sent_once(engine):
+  [free] = _run(engine, [_PROMPT], [_GREEDY])
+  stop = dataclasses.replace(
+    _GREEDY, stop_token_ids=free.outputs[0].token_ids[2:3]
+  )
+  ends = collections.Counter()
+
+  def sink(delta):
+    ends[delta.request_id] += delta.output is not None
+
+  ids = [engine.add_request(_PROMPT, p, sink=sink) for p in (stop, _GREEDY)]
+  while engine.num_unfinished:
+    engine.step()
+  assert ends == dict.fromkeys(ids, 1)
 
 
 def test_shared_pages_are_counted_once(tiny, small_runner, small_engine):
