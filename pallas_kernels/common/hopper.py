@@ -1,0 +1,134 @@
+"""What the Mosaic GPU kernels share: the GPU they are for, tiles, the call.
+
+The kernels use TMA and WGMMA, which only compute capability 9.0 has (H100,
+H200). NVIDIA, "Parallel Thread Execution ISA", sections on `cp.async.bulk`,
+`mbarrier` and `wgmma`.
+
+Only names that JAX 0.10 and 0.12 both have are used.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Threads of a warpgroup: what one `thread_name` index of a kernel is.
+WARPGROUP = 128
+# Rows of a WGMMA, and of a warpgroup's share of a tile at the least.
+ROWS = 64
+# exp(x) is computed as 2 ** (x * LOG2_E).
+LOG2_E = math.log2(math.e)
+
+_NAMES = {'H100': 'h100', 'H200': 'h200', 'GH200': 'h200', 'H800': 'h100'}
+_CAPABILITY = '9.0'
+# Swizzles that TMA and WGMMA know, in bytes of the minor dimension.
+_SWIZZLES = (128, 64, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """A GPU that the kernels run on.
+
+  Attributes:
+    name: As in `gpu_compiler.CHIPS` and `tuned.json`.
+    num_sms: Streaming multiprocessors.
+    smem_bytes: Shared memory that one block may take.
+  """
+
+  name: str
+  num_sms: int = 132
+  smem_bytes: int = 227 * 1024
+
+
+def current() -> Gpu:
+  """The GPU of this process, or an H200 where there is none.
+
+  Without a GPU a program may be lowered for one elsewhere.
+
+  Raises:
+    NotImplementedError: It is not a Hopper GPU.
+  """
+  if jax.default_backend() != 'gpu':
+    return Gpu('h200')
+  device = jax.devices()[0]
+  capability = getattr(device, 'compute_capability', 'unknown')
+  if capability != _CAPABILITY:
+    raise NotImplementedError(
+      f'{device.device_kind} has compute capability {capability}, and WGMMA '
+      f'needs {_CAPABILITY}'
+    )
+  words = device.device_kind.replace('-', ' ').split()
+  name = next((_NAMES[w] for w in words if w in _NAMES), 'h200')
+  return Gpu(name, getattr(device, 'core_count', Gpu.num_sms))
+
+
+def transforms(
+  minor: int, dtype: DTypeLike
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+  """How a tile lies in shared memory for TMA and WGMMA.
+
+  Args:
+    minor: Elements of the minor dimension.
+    dtype: Of the elements.
+
+  Raises:
+    NotImplementedError: No swizzle divides the minor dimension.
+  """
+  itemsize = jnp.dtype(dtype).itemsize
+  for swizzle in _SWIZZLES:
+    if minor * itemsize % swizzle == 0:
+      tiling = plgpu.TilingTransform((8, swizzle // itemsize))
+      return tiling, plgpu.SwizzleTransform(swizzle)
+  raise NotImplementedError(
+    f'rows of {minor} {jnp.dtype(dtype).name} are not a multiple of '
+    f'{_SWIZZLES[-1]} bytes'
+  )
+
+
+def tile(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+  """Scratch in shared memory whose last two dimensions TMA and WGMMA take."""
+  return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+
+
+def kernel(
+  body: Callable[..., None],
+  *,
+  name: str,
+  out: Any,
+  grid: dict[str, int],
+  scratch: Any = (),
+  warpgroups: int = 1,
+  approx_math: bool = True,
+) -> Callable[..., Any]:
+  """A Mosaic GPU kernel, called with its input arrays.
+
+  Args:
+    body: Takes the refs of inputs, of `out`, and of `scratch`; the leaves of a
+      dict come by name.
+    name: Of the kernel in traces and profiles.
+    out: Shapes of the results.
+    grid: Blocks along each axis, by name, the fastest last.
+    scratch: Shared memory and barriers of a block.
+    warpgroups: Of a block; `jax.lax.axis_index('wg')` tells which.
+    approx_math: Whether exp2 and its like may use the approximate units.
+  """
+  return plgpu.kernel(
+    body,
+    out_type=out,
+    scratch_types=scratch,
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    num_threads=warpgroups,
+    thread_name='wg',
+    kernel_name=name,
+    compiler_params=plgpu.CompilerParams(
+      approx_math=approx_math,
+      # The default from JAX 0.12 on.
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    ),
+  )
