@@ -43,13 +43,10 @@ class Kernel:
 
   @property
   def main_loop(self) -> Loop:
-    """The smallest of the loops with most of the tensor cores' work."""
+    """Where the tensor cores could be busiest; the innermost such loop."""
     if not self.loops:
       raise ValueError(f'{self.name} has no loop')
-    return max(
-      self.loops,
-      key=lambda l: (l.tensor_share, l.tensor_cycles, -len(l.counts)),
-    )
+    return max(self.loops, key=lambda l: (l.tensor_share, -l.issue_cycles))
 
 
 def read(folder: pathlib.Path) -> tuple[Kernel, ...]:
