@@ -84,8 +84,8 @@ def test_registers_and_loops():
   assert kernel.name.startswith('product')
   assert 128 < kernel.registers < 256 and not kernel.spill_bytes
   assert not kernel.warnings
-  assert kernel.main_loop.counts['HGMMA'] == 4
-  assert kernel.main_loop.tensor_cycles == 4 * 128
+  num = kernel.main_loop.counts['HGMMA']
+  assert num % 4 == 0 and kernel.main_loop.tensor_cycles == num * 128 > 0
   assert 'mosaic_gpu' in compiled.hlo
 
 
