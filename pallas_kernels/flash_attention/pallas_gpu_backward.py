@@ -1,0 +1,1 @@
+def flash_attention_backward(*a, **k): raise NotImplementedError('soon')
