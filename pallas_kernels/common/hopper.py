@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -165,6 +166,19 @@ def kernel(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
+
+
+def load(ref: Any, index: Any, layout: Any) -> jax.Array:
+  """Values of a ref, in shared or global memory, in a layout.
+
+  Args:
+    ref: Where they are.
+    index: Which: the ints and `pl.ds` of an index.
+    layout: Of `plgpu.Layout`.
+  """
+  if 'idx' in inspect.signature(plgpu.load).parameters:  # Before JAX 0.12.
+    return plgpu.load(ref, index, layout=layout, optimized=False)
+  return plgpu.load(ref.at[index], layout=layout, optimized=False)
 
 
 class Accumulator:

@@ -291,13 +291,13 @@ class _Block:
     def of_rows(name):
       x = ins[name]
       at = (0 if x.shape[0] == 1 else self.row, pl.ds(row0, hopper.ROWS))
-      x = plgpu.load(x, at, layout=_ROWS, optimized=False)
+      x = hopper.load(x, at, _ROWS)
       return _along_columns(x, s.shape)
 
     def of_columns(name):
       x = ins[name]
       at = (0 if x.shape[0] == 1 else self.row, pl.ds(column0, plan.block_kv))
-      x = plgpu.load(x, at, layout=_COLUMNS, optimized=False)
+      x = hopper.load(x, at, _COLUMNS)
       return lax.broadcast_in_dim(x, s.shape, (1,))
 
     if 'q_positions' in ins:
