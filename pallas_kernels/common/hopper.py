@@ -237,6 +237,4 @@ def with_accumulator(
     [ref] = stand_in
     ref[...] = jnp.zeros(shape, jnp.float32)
     return function(Accumulator(ref))
-  return pl.run_scoped(
-    lambda ref: function(Accumulator(ref)), plgpu.ACC(shape)
-  )
+  return pl.run_scoped(lambda ref: function(Accumulator(ref)), plgpu.ACC(shape))

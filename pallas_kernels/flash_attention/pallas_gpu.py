@@ -132,7 +132,7 @@ def flash_attention_forward(
     raise ValueError(f'{config=} does not fit a head dim of {h}')
   inputs = dict(q=q, k=k, v=v, window=window)
   inputs |= dict(q_positions=q_positions, kv_positions=kv_positions)
-  inputs |= dict(zip(('q_segments', 'kv_segments'), pair(segment_ids)))
+  inputs['q_segments'], inputs['kv_segments'] = pair(segment_ids)
   inputs['sinks'] = None if sinks is None else sinks.astype(jnp.float32)
   inputs = _padded(inputs, config, h)
   names = tuple(n for n in pallas_gpu_forward.INPUTS if inputs[n] is not None)
