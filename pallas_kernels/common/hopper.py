@@ -7,8 +7,7 @@ H200). NVIDIA, "Parallel Thread Execution ISA", sections on `cp.async.bulk`,
 Only names that JAX 0.10 and 0.12 both have are used.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import inspect
@@ -20,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from pallas_kernels.common import chip
 
 # Threads of a warpgroup: what one `thread_name` index of a kernel is.
 WARPGROUP = 128
@@ -60,9 +61,9 @@ def current() -> Gpu:
   Raises:
     NotImplementedError: It is not a Hopper GPU.
   """
-  if jax.default_backend() != 'gpu':
+  device = chip.default_gpu()
+  if device is None:
     return Gpu('h200')
-  device = jax.devices()[0]
   capability = getattr(device, 'compute_capability', 'unknown')
   if capability != _CAPABILITY:
     raise NotImplementedError(
