@@ -13,7 +13,7 @@ are rounded to three bits, scaled so that the greatest is 256; the output is
 bfloat16. Scales of q and k belong into `scale`, that of v to the output.
 
 Deviations from FlashAttention-3: a block is one head's, queries of a group
-share K and V through the L2 cache alone; blocks are not persistent.
+share K and V through the L2 cache alone.
 
 Cost: 4 B N T S H FLOPs, about half of that if causal, tiles at the diagonal
 whole. Memory: q and out once, K and V once per block of queries and kv head, if
@@ -53,6 +53,8 @@ __all__ = [
 
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ('bfloat16', 'float16', 'float8_e4m3fn')
+# Log-sum-exps, barriers, and what the compiler takes.
+_SMALL_BYTES = 3072
 # By head dim: what fits registers and shared memory.
 _DEFAULTS = {
   64: dict(warpgroups=2, block_kv=128, stages=3),
@@ -80,13 +82,13 @@ def flash_attention(*args, **static):
 def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
   """Configurations worth a try."""
   del chip_name, static
-  h = head_dim(args[0].shape[3])
+  h, itemsize = head_dim(args[0].shape[3]), args[0].dtype.itemsize
   return [
     dict(warpgroups=warpgroups, block_kv=block_kv, stages=stages)
     for warpgroups in (2, 3)
-    for block_kv in (64, 80, 96, 128, 160, 176, 192)
+    for block_kv in (64, 128, 192)
     for stages in (2, 3, 4)
-    if _fits(h, warpgroups, block_kv, stages)
+    if _fits(h, itemsize, warpgroups, block_kv, stages)
   ]
 
 
@@ -134,7 +136,7 @@ def flash_attention_forward(
       function='flash_attention_forward_gpu',
     )
   config = _DEFAULTS[h] | dict(config)
-  if not _fits(h, **config):
+  if not _fits(h, q.dtype.itemsize, **config):
     raise ValueError(f'{config=} does not fit a head dim of {h}')
   inputs = dict(q=q, k=k, v=v, window=window)
   inputs |= dict(q_positions=q_positions, kv_positions=kv_positions)
@@ -144,6 +146,8 @@ def flash_attention_forward(
   names = tuple(n for n in pallas_gpu_forward.INPUTS if inputs[n] is not None)
   plan = Plan(
     **config,
+    num_workers=hopper.current().num_sms,
+    own_out=_has_own_out(h, q.dtype.itemsize, **config),
     scale=scale,
     soft_cap=soft_cap,
     dtype=q.dtype,
@@ -173,14 +177,28 @@ def head_dim(h: int) -> int:
   raise NotImplementedError(f'head_dim {h} > {_HEAD_DIMS[-1]}')
 
 
-def _fits(h, warpgroups, block_kv, stages):
+def _fits(h, itemsize, warpgroups, block_kv, stages):
   """Whether registers and shared memory suffice."""
   registers = {2: 240, 3: 160}[warpgroups]
   # Scores, their weights twice in 16 bits, the sum; some more for the rest.
   needed = 2 * block_kv // 2 + h // 2 + 32
-  tiles = warpgroups * hopper.ROWS + 2 * stages * block_kv
-  room = hopper.current().smem_bytes - 4096
-  return needed <= registers and 2 * h * tiles <= room
+  used = _smem_bytes(h, itemsize, warpgroups, block_kv, stages)
+  return needed <= registers and used <= hopper.current().smem_bytes
+
+
+def _smem_bytes(h, itemsize, warpgroups, block_kv, stages):
+  """Of queries, tiles, and the weights and results of 8-bit inputs."""
+  rows = warpgroups * hopper.ROWS
+  tiles = itemsize * h * (rows + 2 * stages * block_kv)
+  extra = rows * (block_kv + 2 * h) if itemsize == 1 else 0
+  return tiles + extra + _SMALL_BYTES
+
+
+def _has_own_out(h, itemsize, warpgroups, block_kv, stages):
+  """Whether results lie beside the queries, or take their place."""
+  used = _smem_bytes(h, itemsize, warpgroups, block_kv, stages)
+  out = 2 * h * warpgroups * hopper.ROWS
+  return itemsize == 1 or used + out <= hopper.current().smem_bytes
 
 
 def _padded(inputs, config, h):
