@@ -35,10 +35,12 @@ _NARROW = 256
 _WARPS, _LANES = 4, 32
 _MAX_WIDTH, _MAX_BACKWARD_WIDTH = 32768, 8192
 # Rows in a tile of narrow rows: of 4, one per warp, there are many.
-_NARROW_ROWS = (32, 16, 8, 4)
+_NARROW_ROWS, _NARROW_TILE = (32, 16, 8, 4), 2048
 # Elements of a long row in registers at a time, and of a gain that stays there.
 _PIECE, _KEPT_GAIN = 2048, 4096
-_STAGES, _BLOCKS_PER_SM = 4, 4
+_STAGES = 4
+# As many as have registers; backward, those of the gradient of scale.
+_BLOCKS_PER_SM, _BACKWARD_BLOCKS_PER_SM, _LONG_BACKWARD_BLOCKS_PER_SM = 4, 3, 2
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -93,7 +95,8 @@ def rms_norm_forward(
     NotImplementedError: A dtype or a width that the kernel does not take.
   """
   x, scale, residual = varying.vary_alike(x, scale, residual)
-  plan = _Plan('rms_norm_forward', x, 1 + (residual is not None), config)
+  num_arrays = 1 + (residual is not None)
+  plan = _Plan('rms_norm_forward', x, num_arrays, config, _BLOCKS_PER_SM)
   arrays = [plan.cut(a) for a in (x, residual) if a is not None]
   outputs = hopper.kernel(
     functools.partial(_forward_kernel, plan, epsilon),
@@ -133,7 +136,12 @@ def rms_norm_backward(
       f'warpgroup; {_MAX_BACKWARD_WIDTH} do'
     )
   num_arrays = 2 + (d_total is not None)
-  plan = _Plan('rms_norm_backward', total, num_arrays, config)
+  blocks_per_sm = (
+    _BACKWARD_BLOCKS_PER_SM
+    if width <= _KEPT_GAIN
+    else _LONG_BACKWARD_BLOCKS_PER_SM
+  )
+  plan = _Plan('rms_norm_backward', total, num_arrays, config, blocks_per_sm)
   arrays = [plan.cut(a) for a in (total, d_norm, d_total) if a is not None]
   d_h, d_scale = hopper.kernel(
     functools.partial(_backward_kernel, plan, epsilon),
@@ -164,7 +172,7 @@ class _Plan:
     layout: Of narrow tiles in registers: a row in each warp. `None` for others.
   """
 
-  def __init__(self, function, x, num_arrays, config):
+  def __init__(self, function, x, num_arrays, config, blocks_per_sm):
     gpu = hopper.current()
     if x.dtype not in _DTYPES:
       raise NotImplementedError(f'{x.dtype.name} is not a float of 16 or 32')
@@ -179,10 +187,19 @@ class _Plan:
     self._shape, self.width = x.shape, x.shape[-1]
     self._num_rows = x.size // self.width
     self.layout = None
-    rows = next((n for n in _NARROW_ROWS if self._num_rows % n == 0), None)
+    padded = -(-self.width // _LANES) * _LANES
+    rows = next(
+      (
+        n
+        for n in _NARROW_ROWS
+        if self._num_rows % n == 0 and n * padded <= _NARROW_TILE
+      ),
+      None,
+    )
     if self.width <= _NARROW and rows:
-      self.padded = -(-self.width // _LANES) * _LANES
-      vector = math.gcd(self.padded // _LANES, 16 // x.dtype.itemsize)
+      self.padded = padded
+      # The gain is float32: 16 bytes at a time.
+      vector = math.gcd(padded // _LANES, 4)
       self.tile = rows, self.padded
       self.layout = plgpu.Layout.TILED(
         plgpu.Tiling(((_WARPS, _LANES * vector), (vector,))),
@@ -195,7 +212,7 @@ class _Plan:
       self.tile = self.padded // _NARROW, _NARROW
     self.num_tiles = self._num_rows * self.padded // math.prod(self.tile)
     tile_bytes = math.prod(self.tile) * x.dtype.itemsize * num_arrays
-    blocks_per_sm = config.get('blocks_per_sm', _BLOCKS_PER_SM)
+    blocks_per_sm = config.get('blocks_per_sm', blocks_per_sm)
     # What blocks of an SM share is also for barriers and sums of the warps.
     fit = (gpu.smem_bytes // blocks_per_sm - 4096) // tile_bytes
     self.stages = max(2, min(config.get('stages', _STAGES), fit))
