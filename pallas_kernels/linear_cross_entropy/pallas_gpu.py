@@ -40,6 +40,8 @@ _CHUNK = 4096
 _BLOCK_VOCAB, _STAGES, _GROUP = 256, 4, 16
 # Fewer columns of head than this are no swizzle's width.
 _MIN_SWIZZLE = 16
+# Of tokens: TMA wants whole ones.
+_ROWS = 8
 
 
 def linear_cross_entropy(
@@ -111,8 +113,9 @@ def linear_cross_entropy_value(
   blocks = _blocks(x, head, config, keep=False)
   x, head, targets = varying.vary_alike(x, head, targets)
   run = _Statistics(blocks, head.astype(x.dtype), logit_soft_cap, vocab_axes)
-  combined, _, _ = run(x.reshape(-1, x.shape[-1]), targets.reshape(-1), False)
-  weights = weights.reshape(-1).astype(jnp.float32)
+  chunks = _chunks(x, targets, weights, targets.size)
+  x, targets, weights = (a[0] for a in chunks)
+  combined, _ = run(x, targets, keep=False)
   return totals.totals(combined, weights, z_loss)
 
 
@@ -185,7 +188,7 @@ class _Statistics:
     self._padded = jnp.pad(head, [(0, n) for n in self._padding])
 
   def __call__(self, x, targets, keep):
-    """What `totals.combine` returns, and `d_logits` and its targets."""
+    """What `totals.combine` returns, and the gradient of logits."""
     local = totals.local(targets, self.head, self._vocab_axes)
     num_vocab = self.head.shape[1]
     stats, exp = forward.statistics(
@@ -214,13 +217,13 @@ class _Statistics:
       d -= jnp.where(column == local[:, None], hits[:, None], 0.0)
       return d.astype(x.dtype)
 
-    return combined, d_logits, local
+    return combined, d_logits
 
 
 def _chunk_gradients(run, z_loss, chunk, d_head, dtype):
   """Gradient of head, with `d_head` added; of x, and combined statistics."""
   x, targets, weights = chunk
-  combined, d_logits, _ = run(x, targets, True)
+  combined, d_logits = run(x, targets, keep=True)
   normaliser, target, _ = combined
   hits = weights
   if run.soft_cap is not None:
@@ -274,9 +277,10 @@ def _chunks(x, targets, weights, chunk):
   """`[n, C, D]` and twice `[n, C]`, padded with zeros."""
   num_tokens = targets.size
   num_chunks = -(-num_tokens // chunk)
-  padding = num_chunks * chunk - num_tokens
   if num_chunks == 1:
-    chunk, padding = num_tokens, 0
+    chunk = num_tokens
+  chunk = -(-chunk // _ROWS) * _ROWS
+  padding = num_chunks * chunk - num_tokens
   x = jnp.pad(x.reshape(num_tokens, -1), ((0, padding), (0, 0)))
   rest = (
     jnp.pad(a.reshape(-1), (0, padding)).reshape(num_chunks, chunk)

@@ -66,7 +66,7 @@ def statistics(
   """Largest logit, sum of exponentials and target's logit of tokens and tiles.
 
   Args:
-    x: `[C, D]`, D a multiple of `DEPTH`.
+    x: `[C, D]`, C a multiple of 8 and D of `DEPTH`.
     head: `[D, V]`, of the dtype of `x`, V a multiple of 16.
     targets: `[C]`, below 0 for those that V does not hold.
     num_vocab: Columns of head that count, the first ones.
