@@ -115,6 +115,10 @@ def test_statistics_of_every_tile(
     group=2,
   )
   stats, exp = _interpret(run, x, head, targets, races=True)
+  alone = _interpret(
+    functools.partial(run, keep=False), x, head, targets, races=True
+  )
+  np.testing.assert_array_equal(alone[0], stats)
 
   logits = np.float32(x) @ np.float32(head)[:, :num_vocab]
   slope = np.ones_like(logits)
