@@ -118,7 +118,7 @@ def test_statistics_of_every_tile(
   alone = _interpret(
     functools.partial(run, keep=False), x, head, targets, races=True
   )
-  np.testing.assert_array_equal(alone[0], stats)
+  np.testing.assert_allclose(alone[0], stats, rtol=1e-5, atol=1e-6)
 
   logits = np.float32(x) @ np.float32(head)[:, :num_vocab]
   slope = np.ones_like(logits)
