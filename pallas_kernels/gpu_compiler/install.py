@@ -11,13 +11,12 @@ import subprocess
 import sys
 import tempfile
 
-import jaxlib
+import jax
 
 FOLDER = pathlib.Path(sys.prefix) / 'gpu_compiler'
-_JAXLIB = jaxlib.version.__version__
 _PACKAGES = (
-  f'jax-cuda12-plugin=={_JAXLIB}',
-  f'jax-cuda12-pjrt=={_JAXLIB}',
+  f'jax-cuda12-plugin=={jax.__version__}',
+  f'jax-cuda12-pjrt=={jax.__version__}',
   'nvidia-cuda-nvcc-cu12==12.9.86',
   'nvidia-cuda-nvdisasm==13.5.37',
 )

@@ -18,7 +18,7 @@ import re
 _LABEL = re.compile(r'^(\.L_x_\d+):')
 _LINE = re.compile(
   r'^\s*(?P<control>\S+:\S+:\S+:\S+:(?P<stall>\d+)|)\s*/\*(?P<address>[0-9a-f]+)'
-  r'\*/\s+(?:@!?U?P[T\d]+\s+)?(?P<op>[A-Z][\w.]*)(?P<rest>.*)'
+  r'\*/\s+(?P<predicate>@!?U?P[T\d]+\s+)?(?P<op>[A-Z][\w.]*)(?P<rest>.*)'
 )
 _TARGET = re.compile(r'`\((\.L_x_\d+)\)')
 _PRODUCT = re.compile(r'\.64x(\d+)x')
@@ -33,11 +33,13 @@ class Instruction:
     op: Name with its modifiers, such as 'MUFU.EX2'.
     stall: Cycles that the warp waits before its next instruction.
     target: Label that it jumps to, or ''.
+    is_conditional: Whether a predicate guards it.
   """
 
   op: str
   stall: int
   target: str = ''
+  is_conditional: bool = False
 
   @property
   def name(self) -> str:
@@ -101,6 +103,7 @@ def parse(listing: str) -> list[tuple[str, Instruction]]:
             m.group('op'),
             int(m.group('stall') or 0),
             target.group(1) if target else '',
+            m.group('predicate') is not None,
           ),
         )
       )
@@ -109,15 +112,18 @@ def parse(listing: str) -> list[tuple[str, Instruction]]:
 
 
 def loops(listing: str) -> tuple[Loop, ...]:
-  """All loops, the longest first; one inside another is part of both."""
+  """All loops, the longest first; one inside another is part of both.
+
+  Jumps without a condition lead back from code that was moved out of the way,
+  such as a wait's second try.
+  """
   code = parse(listing)
   starts = {
     label: i for i, (labels, _) in enumerate(code) for label in labels.split()
   }
   found = []
-  for end, (_, instruction) in enumerate(code):
-    start = starts.get(instruction.target, end + 1)
-    if instruction.name == 'BRA' and start < end:  # A jump to itself: the end.
-      body = tuple(i for _, i in code[start : end + 1])
-      found.append(Loop(body))
+  for end, (_, jump) in enumerate(code):
+    start = starts.get(jump.target, end)
+    if jump.name == 'BRA' and jump.is_conditional and start < end:
+      found.append(Loop(tuple(i for _, i in code[start : end + 1])))
   return tuple(sorted(found, key=lambda loop: -len(loop.instructions)))

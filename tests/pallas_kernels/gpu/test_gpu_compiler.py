@@ -50,7 +50,7 @@ def _product(num_accumulators):
     plgpu.barrier_wait(barrier)
 
     def multiply(*accumulators):
-      @pl.loop(0, 8)
+      @pl.loop(0, 1000)
       def _(_):
         for acc in accumulators:
           plgpu.wgmma(acc, a_smem, b_smem)
