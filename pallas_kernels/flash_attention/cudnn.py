@@ -5,12 +5,12 @@ cuDNN's fused attention: causal, grouped queries, 16 bits, and nothing else that
 the op knows. cuDNN wants compute capability 8.0; JAX refuses head dims that its
 version does not take, and a process without cuDNN, while the call is traced.
 
-Deviations: JAX rounds the log-sum-exp to the dtype of q. XLA drops a rounding
-that is undone at once, unless `xla_allow_excess_precision` is off; what is
-promised is the log-sum-exp to the precision of q. Gradients do not use it: the
-public function keeps its own, in float32, for its own gradient, so the backward
-pass runs the forward pass once more. XLA merges the two calls where both passes
-are in one computation, but not where layers are a loop.
+Deviations: JAX rounds the log-sum-exp to the dtype of q. XLA for GPUs drops a
+rounding that is undone at once, unless `xla_allow_excess_precision` is off;
+what is promised is the log-sum-exp to the precision of q. Gradients do not use
+it: the public function keeps its own, in float32, for its own gradient, so the
+backward pass runs the forward pass once more. XLA merges the two calls where
+both passes are in one computation, but not where layers are a loop.
 
 Cost: 4 B N T S H FLOPs forward and 14 backward, about half of that because of
 causality; 14 more if the log-sum-exp has a gradient that is not zero.
@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import chip
 from pallas_kernels.common import varying
 from pallas_kernels.common.gradient import with_gradient
 
@@ -182,9 +183,9 @@ def _check_soft_cap(soft_cap):
 
 def _check_gpu():
   """Without a GPU a program may be lowered for one elsewhere."""
-  if jax.default_backend() != 'gpu':
+  device = chip.default_gpu()
+  if device is None:
     return
-  device = jax.devices()[0]
   capability = str(getattr(device, 'compute_capability', 'unknown'))
   parts = capability.split('.')
   if not all(part.isdigit() for part in parts) or (

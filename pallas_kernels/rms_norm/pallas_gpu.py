@@ -39,6 +39,8 @@ _NARROW_ROWS, _NARROW_TILE = (32, 16, 8, 4), 2048
 # Elements of a long row in registers at a time, and of a gain that stays there.
 _PIECE, _KEPT_GAIN = 2048, 4096
 _STAGES = 4
+# Of a block's shared memory, for barriers and sums of the warps.
+_RESERVED = 4096
 # As many as have registers; backward, those of the gradient of scale.
 _BLOCKS_PER_SM, _BACKWARD_BLOCKS_PER_SM, _LONG_BACKWARD_BLOCKS_PER_SM = 4, 3, 2
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -186,21 +188,40 @@ class _Plan:
       )
     self._shape, self.width = x.shape, x.shape[-1]
     self._num_rows = x.size // self.width
-    self.layout = None
-    padded = -(-self.width // _LANES) * _LANES
-    rows = next(
-      (
-        n
-        for n in _NARROW_ROWS
-        if self._num_rows % n == 0 and n * padded <= _NARROW_TILE
-      ),
-      None,
+    self._cut_rows()
+    self.num_tiles = self._num_rows * self.padded // math.prod(self.tile)
+    tile_bytes = math.prod(self.tile) * x.dtype.itemsize * num_arrays
+    blocks_per_sm = config.get('blocks_per_sm', blocks_per_sm)
+    fit = (gpu.smem_bytes // blocks_per_sm - _RESERVED) // tile_bytes
+    self.stages = max(2, min(config.get('stages', _STAGES), fit))
+    self.num_blocks = min(gpu.num_sms * blocks_per_sm, self.num_tiles)
+    if self.stages * tile_bytes + _RESERVED > gpu.smem_bytes:
+      raise NotImplementedError(
+        f'two tiles of {tile_bytes} bytes exceed {gpu.smem_bytes} of an SM'
+      )
+    ring = plgpu.SMEM((self.stages, *self.tile), x.dtype)
+    self.scratch = dict(
+      rings=[ring] * num_arrays,
+      full=plgpu.Barrier(num_arrivals=num_arrays, num_barriers=self.stages),
     )
+    if self.layout:
+      # Only from shared memory can lanes of every warp read the same.
+      self.scratch |= dict(
+        gain=plgpu.SMEM((self.padded,), jnp.float32), gain_full=plgpu.Barrier()
+      )
+
+  def _cut_rows(self):
+    """Into narrow tiles, or tiles of a long row."""
+    self.padded = -(-self.width // _LANES) * _LANES
+    rows = [
+      n
+      for n in _NARROW_ROWS
+      if self._num_rows % n == 0 and n * self.padded <= _NARROW_TILE
+    ]
     if self.width <= _NARROW and rows:
-      self.padded = padded
+      self.tile = rows[0], self.padded
       # The gain is float32: 16 bytes at a time.
-      vector = math.gcd(padded // _LANES, 4)
-      self.tile = rows, self.padded
+      vector = math.gcd(self.padded // _LANES, 4)
       self.layout = plgpu.Layout.TILED(
         plgpu.Tiling(((_WARPS, _LANES * vector), (vector,))),
         warp_dims=(-3,),
@@ -210,29 +231,7 @@ class _Plan:
     else:
       self.padded = -(-self.width // _NARROW) * _NARROW
       self.tile = self.padded // _NARROW, _NARROW
-    self.num_tiles = self._num_rows * self.padded // math.prod(self.tile)
-    tile_bytes = math.prod(self.tile) * x.dtype.itemsize * num_arrays
-    blocks_per_sm = config.get('blocks_per_sm', blocks_per_sm)
-    # What blocks of an SM share is also for barriers and sums of the warps.
-    fit = (gpu.smem_bytes // blocks_per_sm - 4096) // tile_bytes
-    self.stages = max(2, min(config.get('stages', _STAGES), fit))
-    self.num_blocks = min(gpu.num_sms * blocks_per_sm, self.num_tiles)
-    if self.stages * tile_bytes + 4096 > gpu.smem_bytes:
-      raise NotImplementedError(
-        f'two tiles of {tile_bytes} bytes exceed {gpu.smem_bytes} of an SM'
-      )
-    self.scratch = dict(
-      rings=[
-        plgpu.SMEM((self.stages, *self.tile), x.dtype)
-        for _ in range(num_arrays)
-      ],
-      full=plgpu.Barrier(num_arrivals=num_arrays, num_barriers=self.stages),
-    )
-    if self.layout:
-      # Only from shared memory can lanes of every warp read the same.
-      self.scratch |= dict(
-        gain=plgpu.SMEM((self.padded,), jnp.float32), gain_full=plgpu.Barrier()
-      )
+      self.layout = None
 
   def cut(self, a):
     """[..., D] to the tiles below each other."""

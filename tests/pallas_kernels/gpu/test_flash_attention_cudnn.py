@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.common import chip
 from pallas_kernels.flash_attention import cases
 from pallas_kernels.flash_attention import cudnn
 from pallas_kernels.flash_attention import reference
@@ -212,7 +213,6 @@ def test_declines_older_gpus(monkeypatch, stand_in):
   class Turing:
     device_kind, compute_capability = 'Tesla T4', '7.5'
 
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  monkeypatch.setattr(jax, 'devices', lambda: [Turing])
+  monkeypatch.setattr(chip, 'default_gpu', lambda: Turing)
   with pytest.raises(NotImplementedError, match='T4 has compute capability'):
     cudnn.flash_attention_forward(*_args(), **_STATIC)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 import jax.extend
 import jax.numpy as jnp
@@ -21,15 +20,13 @@ _TOLERANCE = 1e-2
 _ACCEPTED = [name for name in cases.SMALL if name.startswith('bf16')]
 
 interpreted = pytest.mark.skipif(
-  not hasattr(plgpu, 'force_gpu_interpret_mode'),
+  not hopper.can_interpret(),
   reason='this JAX has no interpreter of GPU kernels',
 )
 
 
 def _interpret(f, *args, races=False):
-  with plgpu.force_gpu_interpret_mode(
-    plgpu.InterpretGPUParams(detect_races=races)
-  ):
+  with hopper.interpret(detect_races=races):
     return jax.block_until_ready(f(*args))
 
 

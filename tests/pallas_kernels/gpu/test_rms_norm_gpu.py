@@ -3,7 +3,6 @@
 import functools
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +16,13 @@ from pallas_kernels.rms_norm import reference
 _RMS_TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2, 'float16': 2e-3}
 
 interpreted = pytest.mark.skipif(
-  not hasattr(plgpu, 'force_gpu_interpret_mode'),
+  not hopper.can_interpret(),
   reason='this JAX has no interpreter of GPU kernels',
 )
 
 
 def _interpret(f, *args, races=False):
-  with plgpu.force_gpu_interpret_mode(
-    plgpu.InterpretGPUParams(detect_races=races)
-  ):
+  with hopper.interpret(detect_races=races):
     return jax.block_until_ready(f(*args))
 
 
