@@ -3,18 +3,18 @@
 A kernel (`pallas_gpu_forward`) finds the softmax statistics of every token and
 tile of the vocabulary; XLA merges the tiles. Where the call is differentiated
 the kernel keeps a chunk's exponentials, in the dtype of x; XLA turns them into
-the gradient of the logits in one pass, and cuBLAS multiplies it with head and
-x: three products with the head in all. Cut Cross-Entropy (Wijmans et al.,
+the gradient of the logits in one pass, and its matrix products take that, head
+and x: three products with the head in all. Cut Cross-Entropy (Wijmans et al.,
 https://arxiv.org/abs/2411.09009, algorithms 2 and 3) keeps nothing and
-recomputes the logits, which makes four: a third more of what takes the time,
-where keeping them costs 12 bytes of HBM per token and column, 7% of the time of
-the products at D = 4096.
+recomputes the logits, which makes four: a third more of what takes the time.
+Keeping them moves 10 bytes per token and column, a tenth of the time of the
+products at D = 4096, most of it under them.
 
 Cost: 6 T D V FLOPs with gradients, 2 T D V without. HBM: per chunk the head
-three times, its float32 gradient once in and out (out only if one chunk is
-all), and C V exponentials out, in and out, and twice in. Memory: a chunk's
-exponentials and gradient of logits, 4 C V bytes, the only arrays of the size of
-logits, which the next chunk reuses.
+twice, its float32 gradient in and out (once out, in its own dtype, if one chunk
+is all), and C V exponentials out, in and out again, and in twice. Memory: a
+chunk's exponentials, which the gradient of the logits replaces and the next
+chunk reuses, 2 C V bytes, are the only array of the size of logits.
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,16 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 # The float32 gradient of head passes HBM per chunk, 8 D V bytes: at 4096 tokens
 # 5% of the time of the products.
 _CHUNK = 4096
-_BLOCK_VOCAB, _STAGES, _GROUP = 256, 4, 16
+# Tokens and columns of a tile. Where rows of head have no whole swizzle of 128
+# bytes, the registers do not hold the largest.
+_TILES = ((256, 192), (128, 256), (128, 128))
+_STAGES, _GROUP_TOKENS = 4, 2048
+# What an SM reads from L2 in a cycle if all do: 5120 bytes together, as NVIDIA
+# says of the A100 (white paper, from memory); of Hopper it does not say.
+_L2_BYTES, _SM_FLOPS = 5120 / 132, 4096
 # Fewer columns of head than this are no swizzle's width.
 _MIN_SWIZZLE = 16
+_SIZES = 'block_tokens', 'block_vocab', 'stages', 'group'
 # Of tokens: TMA wants whole ones.
 _ROWS = 8
 
@@ -81,13 +88,20 @@ def candidates(chip, x, head, *args, **kwargs) -> list[dict[str, int]]:
   """Configurations for the tuner to try."""
   del chip, args, kwargs
   tried = [
-    dict(chunk=chunk, block_vocab=block_vocab, stages=stages, group=group)
+    dict(
+      chunk=chunk,
+      block_tokens=block_tokens,
+      block_vocab=block_vocab,
+      stages=stages,
+      group=group,
+    )
     for chunk in (2048, 4096, 8192)
-    for block_vocab, stages in ((256, 3), (256, 4), (192, 4), (128, 6))
-    for group in (8, 16, 32)
+    for block_tokens, block_vocab in (*_TILES, (256, 128))
+    for stages in (3, 4)
+    for group in (4, 8, 16)
   ]
   fit = lambda config: _blocks(x, head, config, keep=True)
-  return [c for c in tried if fit(c)['stages'] == c['stages']]
+  return [c for c in tried if c.items() <= fit(c).items()]
 
 
 def linear_cross_entropy_value(
@@ -178,7 +192,7 @@ class _Statistics:
   def __init__(self, blocks, head, soft_cap, vocab_axes):
     self.head, self.soft_cap = head, soft_cap
     self._vocab_axes = vocab_axes
-    self._sizes = {k: blocks[k] for k in ('block_vocab', 'stages', 'group')}
+    self._sizes = {k: blocks[k] for k in _SIZES}
     width, num_vocab = head.shape
     fits = num_vocab % _MIN_SWIZZLE == 0
     self._padding = (
@@ -256,21 +270,44 @@ def _blocks(x, head, config, keep):
     )
   num_tokens = math.prod(x.shape[:-1])
   chunk = min(config.get('chunk', _CHUNK), num_tokens)
-  block_vocab = config.get('block_vocab', _BLOCK_VOCAB)
-  columns = -(-head.shape[1] // forward.DEPTH) * forward.DEPTH
-  block_vocab = min(block_vocab, columns)
-  stages = config.get('stages', _STAGES)
-  size = lambda n: forward.smem_bytes(block_vocab, n, keep, x.dtype.itemsize)
-  while stages > 2 and size(stages) > gpu.smem_bytes:
-    stages -= 1
   # As even as the number of chunks allows.
   chunk = -(-num_tokens // -(-num_tokens // chunk))
-  return dict(
-    chunk=-(-chunk // forward.BLOCK_TOKENS) * forward.BLOCK_TOKENS,
-    block_vocab=block_vocab,
-    stages=stages,
-    group=config.get('group', _GROUP),
+  tokens, vocab = _tile(chunk, head.shape[1], gpu.num_sms)
+  tokens = config.get('block_tokens', tokens)
+  vocab = min(config.get('block_vocab', vocab), _whole(head.shape[1]))
+  stages = config.get('stages', _STAGES)
+  size = lambda stages: forward.smem_bytes(
+    tokens, vocab, stages, keep, x.dtype.itemsize
   )
+  while stages > 2 and size(stages) > gpu.smem_bytes:
+    stages -= 1
+  return dict(
+    chunk=-(-chunk // tokens) * tokens,
+    block_tokens=tokens,
+    block_vocab=vocab,
+    stages=stages,
+    group=config.get('group', max(_GROUP_TOKENS // tokens, 1)),
+  )
+
+
+def _whole(num_vocab):
+  return -(-num_vocab // forward.PIECE) * forward.PIECE
+
+
+def _tile(num_tokens, num_vocab, num_sms):
+  """The tile for which all SMs are done first: by products, or by L2."""
+
+  def cycles(tile):
+    tokens, vocab = tile[0], min(tile[1], _whole(num_vocab))
+    waves = math.ceil(
+      math.ceil(num_tokens / tokens) * math.ceil(num_vocab / vocab) / num_sms
+    )
+    products = 2 * tokens * vocab / _SM_FLOPS
+    return waves * max(products, (tokens + vocab) * 2 / _L2_BYTES)
+
+  padded = num_vocab % _MIN_SWIZZLE != 0
+  whole = padded or num_vocab % forward.DEPTH == 0
+  return min(_TILES if whole else _TILES[1:], key=cycles)
 
 
 def _chunks(x, targets, weights, chunk):

@@ -1,12 +1,12 @@
 """Hopper kernel: softmax statistics of x @ head, a tile of logits at a time.
 
-Each block computes tiles of 128 tokens by up to 256 columns, one after another:
-one warpgroup keeps a ring of pieces of x and head ahead by TMA, two multiply 64
-tokens each by WGMMA and reduce their logits in registers, so that none reach
-HBM. Statistics are per tile and relative to its own largest logit, as those of
-parts of a softmax (Milakov and Gimelshein, "Online normalizer calculation for
-softmax", https://arxiv.org/abs/1805.02867, section 3.1): no tile waits for
-another, and the vocabulary is spread over all SMs.
+Each block computes tiles of up to 256 tokens by 192 columns, one after another:
+one warpgroup keeps a ring of pieces of x and head ahead by TMA, two multiply
+half of the tokens each by WGMMA and reduce their logits in registers, so that
+none reach HBM. Statistics are per tile and relative to its own largest logit,
+as those of parts of a softmax (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", https://arxiv.org/abs/1805.02867, section 3.1): no
+tile waits for another, and the vocabulary is spread over all SMs.
 
 For the gradient the exponentials are written too, in the dtype of x and
 relative to the largest of their tile: what rounding does to them is what it
@@ -14,7 +14,7 @@ does to probabilities.
 
 Cost: 2 T D V FLOPs. HBM: x and head about once where L2 holds what neighbouring
 tiles share, 12 bytes of statistics per token and tile, T V exponentials if
-asked for. What is read from L2 is 48 KiB per 1024 cycles of products.
+asked for. L2: a tile of 256 x 192 reads 56 KiB per 1536 cycles of products.
 """
 
 import functools
@@ -28,26 +28,28 @@ import jax.numpy as jnp
 from pallas_kernels.common import hopper
 from pallas_kernels.common import varying
 
-# Of tokens: two warpgroups' shares.
-BLOCK_TOKENS = 2 * hopper.ROWS
 LARGEST, EXP_SUM, TARGET = range(3)
 _NUM_STATS = 3
 _LOWEST = -1e30
 # Of the products' common dimension, per stage: what a swizzle spans.
 DEPTH = 64
-# Columns of exponentials on their way to HBM at a time, and how many times.
-_PIECE, _SLOTS = 32, 2
+# Columns whose exponentials are in registers at a time, and how many times they
+# are in shared memory on their way to HBM. Narrower pieces spill registers.
+PIECE, _SLOTS = 64, 2
 _MULTIPLIERS = 2
 _PRODUCER = _MULTIPLIERS
-_MULTIPLIER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
-# Of a block's shared memory, for statistics, targets and barriers.
-_RESERVED = 6144
+_MULTIPLIER_REGISTERS, _PRODUCER_REGISTERS = 240, 24
+# Of a block's shared memory, for statistics, targets, barriers and what
+# reductions are given, in bytes.
+_RESERVED = 8192
 
 
-def smem_bytes(block_vocab: int, stages: int, keep: bool, itemsize: int) -> int:
+def smem_bytes(
+  block_tokens: int, block_vocab: int, stages: int, keep: bool, itemsize: int
+) -> int:
   """Shared memory that a block takes, at most."""
-  ring = stages * (BLOCK_TOKENS + block_vocab) * DEPTH
-  kept = BLOCK_TOKENS * _SLOTS * _PIECE if keep else 0
+  ring = stages * (block_tokens + block_vocab) * DEPTH
+  kept = _MULTIPLIERS * _SLOTS * hopper.ROWS * PIECE if keep else 0
   return (ring + kept) * itemsize + _RESERVED
 
 
@@ -59,6 +61,7 @@ def statistics(
   num_vocab: int,
   soft_cap: float | None,
   keep: bool,
+  block_tokens: int,
   block_vocab: int,
   stages: int,
   group: int,
@@ -72,7 +75,9 @@ def statistics(
     num_vocab: Columns of head that count, the first ones.
     soft_cap: See the op.
     keep: Whether to return the exponentials.
-    block_vocab: Columns of a tile, a multiple of 64 and at most 256.
+    block_tokens: Rows of a tile, 128 or 256.
+    block_vocab: Columns of a tile, a multiple of `PIECE`; 256 tokens by 192 and
+      128 by 256 fit the registers.
     stages: Pieces of x and head in shared memory.
     group: Blocks of tokens that are next to each other in time.
 
@@ -82,29 +87,32 @@ def statistics(
     `[C, num_tiles * block_vocab]`, times the derivative of the soft cap.
   """
   num_tokens = x.shape[0]
-  num_tiles = pl.cdiv(num_vocab, block_vocab)
-  blocks = pl.cdiv(num_tokens, BLOCK_TOKENS)
-  padded = blocks * BLOCK_TOKENS
+  num_tiles = pl.cdiv(head.shape[1], block_vocab)
+  blocks = pl.cdiv(num_tokens, block_tokens)
+  padded = blocks * block_tokens
   targets = jnp.pad(targets, (0, padded - num_tokens), constant_values=-1)
-  out = [varying.shape((num_tiles, _NUM_STATS, padded), jnp.float32, x)]
+  own = block_tokens // _MULTIPLIERS
   # TMA wants whole swizzles in a row of head, and WGMMA the same of both.
   ring = functools.partial(
     plgpu.SMEM,
     dtype=x.dtype,
     transforms=hopper.transforms(math.gcd(head.shape[1], DEPTH), x.dtype),
   )
+  out = [varying.shape((num_tiles, _NUM_STATS, padded), jnp.float32, x)]
   scratch = dict(
-    x_ring=ring((stages, BLOCK_TOKENS, DEPTH)),
+    x_ring=ring((stages, block_tokens, DEPTH)),
     head_ring=ring((stages, DEPTH, block_vocab)),
-    stats_out=plgpu.SMEM((_MULTIPLIERS, _NUM_STATS, hopper.ROWS), jnp.float32),
-    targets_in=plgpu.SMEM((_MULTIPLIERS, hopper.ROWS), jnp.int32),
+    stats_out=plgpu.SMEM(
+      (_MULTIPLIERS, own // hopper.ROWS, _NUM_STATS, hopper.ROWS), jnp.float32
+    ),
+    targets_in=plgpu.SMEM((_MULTIPLIERS, own), jnp.int32),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     empty=plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages),
     targets_full=plgpu.Barrier(num_barriers=_MULTIPLIERS),
   )
   if keep:
     out.append(varying.shape((num_tokens, num_tiles * block_vocab), x.dtype, x))
-    shape = _MULTIPLIERS, _SLOTS, hopper.ROWS, _PIECE
+    shape = _MULTIPLIERS, _SLOTS, hopper.ROWS, PIECE
     scratch['exp_out'] = hopper.tile(shape, x.dtype)
   stats, *exp = hopper.kernel(
     functools.partial(
@@ -137,11 +145,16 @@ def _kernel(
   head_ring,
   full,
   empty,
-  **scratch,
+  targets_in,
+  targets_full,
+  stats_out,
+  exp_out=None,
 ):
   warpgroup = jax.lax.axis_index('wg')
   block, num_blocks = jax.lax.axis_index('block'), jax.lax.axis_size('block')
-  stages, _, block_vocab = head_ring.shape
+  stages, block_tokens, _ = x_ring.shape
+  block_vocab = head_ring.shape[2]
+  own = block_tokens // _MULTIPLIERS
   steps = pl.cdiv(x_ref.shape[1], DEPTH)
 
   def for_each_tile(body):
@@ -160,7 +173,7 @@ def _kernel(
     plgpu.set_max_registers(_PRODUCER_REGISTERS, action='decrease')
 
     def fetch(before, i_tokens, i_vocab):
-      rows = pl.ds(i_tokens * BLOCK_TOKENS, BLOCK_TOKENS)
+      rows = pl.ds(i_tokens * block_tokens, block_tokens)
       columns = pl.ds(i_vocab * block_vocab, block_vocab)
 
       def step(k, _):
@@ -183,21 +196,13 @@ def _kernel(
   @pl.when(warpgroup < _MULTIPLIERS)
   def _():
     plgpu.set_max_registers(_MULTIPLIER_REGISTERS, action='increase')
-    own = pl.ds(warpgroup * hopper.ROWS, hopper.ROWS)
-    targets_in = scratch['targets_in'].at[warpgroup]
-    targets_full = scratch['targets_full'].at[warpgroup]
-    outputs = [
-      (ref, scratch[name].at[warpgroup])
-      for name, ref in zip(
-        ('stats_out', 'exp_out'), (stats_ref, *exp_refs), strict=False
-      )
-    ]
+    own_rows = pl.ds(warpgroup * own, own)
 
     def multiply(before, acc):
       def step(k, _):
         slot = jax.lax.rem(before + k, stages)
         plgpu.barrier_wait(full.at[slot])
-        plgpu.wgmma(acc, x_ring.at[slot, own], head_ring.at[slot])
+        plgpu.wgmma(acc, x_ring.at[slot, own_rows], head_ring.at[slot])
         # All but the last product are done, and what they read is free.
         plgpu.wgmma_wait(1)
 
@@ -211,25 +216,44 @@ def _kernel(
       return acc[...]
 
     def tile(before, i_tokens, i_vocab):
-      rows = pl.ds(i_tokens * BLOCK_TOKENS + own.start, hopper.ROWS)
-      plgpu.copy_gmem_to_smem(target_ref.at[rows], targets_in, targets_full)
+      first_row = i_tokens * block_tokens + own_rows.start
+      targets_ref, arrived = (
+        a.at[warpgroup] for a in (targets_in, targets_full)
+      )
+      plgpu.copy_gmem_to_smem(
+        target_ref.at[pl.ds(first_row, own)], targets_ref, arrived
+      )
       logits = pl.run_scoped(
-        functools.partial(multiply, before),
-        plgpu.ACC((hopper.ROWS, block_vocab)),
+        functools.partial(multiply, before), plgpu.ACC((own, block_vocab))
       )
-      if soft_cap is not None:
-        logits = _cap(logits, soft_cap)
+      plgpu.barrier_wait(arrived)
+      # What the tile before left has long been read.
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       start = i_vocab * block_vocab
-      column = plgpu.broadcasted_iota(
-        jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA
-      )
-      if num_vocab % block_vocab:
-        logits = jnp.where(column < num_vocab - start, logits, _LOWEST)
-      plgpu.barrier_wait(targets_full)
-      targets = plgpu.layout_cast(targets_in[...], plgpu.Layout.WGMMA.reduce(1))
-      _absorb(
-        logits, column, targets - start, (rows, i_vocab), soft_cap, outputs
-      )
+      for i in range(own // hopper.ROWS):
+        part = slice(i * hopper.ROWS, (i + 1) * hopper.ROWS)
+        rows = pl.ds(first_row + part.start, hopper.ROWS)
+        targets = plgpu.layout_cast(
+          targets_ref[part], plgpu.Layout.WGMMA.reduce(1)
+        )
+        pieces = _pieces(
+          logits[part],
+          num_vocab - start if num_vocab % block_vocab else None,
+          soft_cap,
+        )
+        keep = lambda j, exp, rows=rows: _keep(
+          exp, exp_refs[0], exp_out.at[warpgroup], rows, start + j * PIECE, j
+        )
+        _reduce(
+          pieces,
+          targets - start,
+          soft_cap,
+          stats_out.at[warpgroup, i],
+          keep if exp_refs else None,
+        )
+        plgpu.copy_smem_to_gmem(
+          stats_out.at[warpgroup, i], stats_ref.at[i_vocab, :, rows]
+        )
 
     for_each_tile(tile)
     plgpu.wait_smem_to_gmem(0)
@@ -239,41 +263,57 @@ def _along_rows(a, like):
   return jax.lax.broadcast_in_dim(a, like.shape, (0,))
 
 
-def _cap(logits, soft_cap):
-  """c * tanh(logits / c), from exp2 and rsqrt: tanh's unit has 11 bits."""
-  power = jnp.exp2(logits * (2 / soft_cap * hopper.LOG2_E))
-  root = jax.lax.rsqrt(power + 1.0)
-  return soft_cap - 2 * soft_cap * root * root
-
-
-def _absorb(logits, column, targets, place, soft_cap, outputs):
-  """Statistics of a warpgroup's logits, and their exponentials, to HBM."""
-  rows, i_vocab = place
-  (stats_ref, stats_out), *exp_output = outputs
-  largest = jnp.max(logits, axis=1)
-  hit = column == _along_rows(targets, logits)
-  target = jnp.sum(jnp.where(hit, logits, 0.0), axis=1)
-  exp = jnp.exp2(
-    logits * hopper.LOG2_E - _along_rows(largest * hopper.LOG2_E, logits)
+def _columns(like):
+  return plgpu.broadcasted_iota(
+    jnp.int32, like.shape, 1, layout=plgpu.Layout.WGMMA
   )
-  # What the tile before left has long been read.
-  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-  stats_out[LARGEST] = largest
-  stats_out[EXP_SUM] = jnp.sum(exp, axis=1)
-  stats_out[TARGET] = target
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(stats_out, stats_ref.at[i_vocab, :, rows])
-  for exp_ref, exp_out in exp_output:
+
+
+def _pieces(logits, num_left, soft_cap):
+  """Logits of a few columns each, capped, low from column `num_left` on."""
+  pieces = []
+  for start in range(0, logits.shape[1], PIECE):
+    piece = logits[:, start : start + PIECE]
     if soft_cap is not None:
-      slope = 1 - jnp.square(logits * (1 / soft_cap))
-      exp = exp * jnp.maximum(slope, 0.0)  # Of masked ones it is low.
-    for i in range(logits.shape[1] // _PIECE):
-      slot = i % _SLOTS
-      plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
-      piece = exp[:, i * _PIECE : (i + 1) * _PIECE]
-      exp_out[slot] = piece.astype(exp_out.dtype)
-      plgpu.commit_smem()
-      start = i_vocab * logits.shape[1] + i * _PIECE
-      plgpu.copy_smem_to_gmem(
-        exp_out.at[slot], exp_ref.at[rows, pl.ds(start, _PIECE)]
-      )
+      # c * tanh(logits / c), from exp2 and rsqrt: tanh's unit has 11 bits.
+      power = jnp.exp2(piece * (2 / soft_cap * hopper.LOG2_E))
+      root = jax.lax.rsqrt(power + 1.0)
+      piece = soft_cap - 2 * soft_cap * root * root
+    if num_left is not None:
+      piece = jnp.where(_columns(piece) < num_left - start, piece, _LOWEST)
+    pieces.append(piece)
+  return pieces
+
+
+def _reduce(pieces, targets, soft_cap, stats_ref, keep):
+  """Statistics to shared memory, and each piece's exponentials to `keep`."""
+  largest = functools.reduce(
+    jnp.maximum, [jnp.max(piece, axis=1) for piece in pieces]
+  )
+  target, exp_sum = 0.0, 0.0
+  for i, piece in enumerate(pieces):
+    hit = _columns(piece) == _along_rows(targets - i * PIECE, piece)
+    target += jnp.sum(jnp.where(hit, piece, 0.0), axis=1)
+  stats_ref[LARGEST] = largest
+  stats_ref[TARGET] = target
+  for i, piece in enumerate(pieces):
+    exp = jnp.exp2(
+      piece * hopper.LOG2_E - _along_rows(largest * hopper.LOG2_E, piece)
+    )
+    exp_sum += jnp.sum(exp, axis=1)
+    if keep is not None:
+      if soft_cap is not None:
+        slope = 1 - jnp.square(piece * (1 / soft_cap))
+        exp = exp * jnp.maximum(slope, 0.0)  # Of masked ones it is low.
+      keep(i, exp)
+  stats_ref[EXP_SUM] = exp_sum
+  plgpu.commit_smem()
+
+
+def _keep(exp, exp_ref, exp_out, rows, start, i):
+  """Sends piece i of the exponentials to HBM."""
+  out = exp_out.at[i % _SLOTS]
+  plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+  out[...] = exp.astype(out.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(out, exp_ref.at[rows, pl.ds(start, PIECE)])
