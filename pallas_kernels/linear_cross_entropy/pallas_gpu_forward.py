@@ -84,7 +84,8 @@ def statistics(
   Returns:
     `[num_tiles, 3, C]`: LARGEST, EXP_SUM relative to it, and TARGET, which is 0
     in tiles without it. With `keep` also the exponentials
-    `[C, num_tiles * block_vocab]`, times the derivative of the soft cap.
+    `[C, num_tiles * block_vocab]`, times the derivative of the soft cap; those
+    of columns that do not count are anything.
   """
   num_tokens = x.shape[0]
   num_tiles = pl.cdiv(head.shape[1], block_vocab)
@@ -168,6 +169,33 @@ def _kernel(
     count = (num_tiles - block + num_blocks - 1) // num_blocks
     jax.lax.fori_loop(0, count, run, None)
 
+  def absorb(logits, targets_ref, first_row, i_vocab):
+    start = i_vocab * block_vocab
+    for i in range(own // hopper.ROWS):
+      part = slice(i * hopper.ROWS, (i + 1) * hopper.ROWS)
+      rows = pl.ds(first_row + part.start, hopper.ROWS)
+      targets = plgpu.layout_cast(
+        targets_ref[part], plgpu.Layout.WGMMA.reduce(1)
+      )
+      pieces = _pieces(
+        logits[part],
+        num_vocab - start if num_vocab % block_vocab else None,
+        soft_cap,
+      )
+      keep = lambda j, exp, rows=rows: _keep(
+        exp, exp_refs[0], exp_out.at[warpgroup], rows, start + j * PIECE, j
+      )
+      _reduce(
+        pieces,
+        targets - start,
+        soft_cap,
+        stats_out.at[warpgroup, i],
+        keep if exp_refs else None,
+      )
+      plgpu.copy_smem_to_gmem(
+        stats_out.at[warpgroup, i], stats_ref.at[i_vocab, :, rows]
+      )
+
   @pl.when(warpgroup == _PRODUCER)
   def _():
     plgpu.set_max_registers(_PRODUCER_REGISTERS, action='decrease')
@@ -229,31 +257,7 @@ def _kernel(
       plgpu.barrier_wait(arrived)
       # What the tile before left has long been read.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      start = i_vocab * block_vocab
-      for i in range(own // hopper.ROWS):
-        part = slice(i * hopper.ROWS, (i + 1) * hopper.ROWS)
-        rows = pl.ds(first_row + part.start, hopper.ROWS)
-        targets = plgpu.layout_cast(
-          targets_ref[part], plgpu.Layout.WGMMA.reduce(1)
-        )
-        pieces = _pieces(
-          logits[part],
-          num_vocab - start if num_vocab % block_vocab else None,
-          soft_cap,
-        )
-        keep = lambda j, exp, rows=rows: _keep(
-          exp, exp_refs[0], exp_out.at[warpgroup], rows, start + j * PIECE, j
-        )
-        _reduce(
-          pieces,
-          targets - start,
-          soft_cap,
-          stats_out.at[warpgroup, i],
-          keep if exp_refs else None,
-        )
-        plgpu.copy_smem_to_gmem(
-          stats_out.at[warpgroup, i], stats_ref.at[i_vocab, :, rows]
-        )
+      absorb(logits, targets_ref, first_row, i_vocab)
 
     for_each_tile(tile)
     plgpu.wait_smem_to_gmem(0)
@@ -303,8 +307,7 @@ def _reduce(pieces, targets, soft_cap, stats_ref, keep):
     exp_sum += jnp.sum(exp, axis=1)
     if keep is not None:
       if soft_cap is not None:
-        slope = 1 - jnp.square(piece * (1 / soft_cap))
-        exp = exp * jnp.maximum(slope, 0.0)  # Of masked ones it is low.
+        exp = exp * (1 - jnp.square(piece * (1 / soft_cap)))
       keep(i, exp)
   stats_ref[EXP_SUM] = exp_sum
   plgpu.commit_smem()
