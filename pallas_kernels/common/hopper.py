@@ -204,6 +204,7 @@ class Accumulator:
 
     if isinstance(a, jax.Array):
       new = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+      plgpu.commit_smem()  # A WGMMA would have read as copies write.
     else:
       new = pl.run_scoped(product, plgpu.ACC(self._ref.shape))
     self._ref[...] += new

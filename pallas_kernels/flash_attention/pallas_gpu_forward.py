@@ -39,7 +39,8 @@ class Plan:
     stages: Tiles of K and V that are held.
     scale: Factor on the logits.
     soft_cap: Of the logits, or `None`.
-    dtype: Of q, k and v, and of the product with v.
+    dtype: Of q, k and v, and of the weights of v.
+    out_dtype: Of the result.
     has: Names of the inputs that are there, of `INPUTS`.
   """
 
@@ -49,6 +50,7 @@ class Plan:
   scale: float
   soft_cap: float | None
   dtype: DTypeLike
+  out_dtype: DTypeLike
   has: tuple[str, ...]
 
   @property
@@ -61,6 +63,20 @@ class Plan:
     """What raw scores, capped or not, are multiplied with, in base 2."""
     factor = self.scale if self.soft_cap is None else self.soft_cap
     return factor * hopper.LOG2_E
+
+  @property
+  def is_8bit(self) -> bool:
+    """Whether products are of 8-bit floats.
+
+    Their second factor must be contiguous along the keys: v comes transposed.
+    Weights go through shared memory, as registers hold them in another order.
+    """
+    return jnp.dtype(self.dtype).itemsize == 1
+
+  @property
+  def exponent(self) -> int:
+    """Weights are multiplied with 2 to this; the greatest is a 256."""
+    return 8 if self.is_8bit else 0
 
 
 # All inputs, in order; those from `window` on are optional.
@@ -83,7 +99,8 @@ def call(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[Any, Any]:
 
   Args:
     plan: What to do.
-    inputs: q [B,T,N,H], k and v [B,S,K,H] of whole tiles, H one of WGMMA's;
+    inputs: q [B,T,N,H], k and v [B,S,K,H] of whole tiles, H one of WGMMA's, and
+      v [B,K,H,S] if 8-bit;
       ranges int32 [B or 1, blocks, 4] flattened: the first tile to visit, the
       first and the end of those without a mask, the end; window int32 [1];
       positions and segments int32 [B or 1, T or S]; sinks float32 [N].
@@ -95,7 +112,15 @@ def call(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[Any, Any]:
   b, t, n, h = q.shape
   num_blocks = t // plan.block_q
   wgs, stages = plan.warpgroups, plan.stages
-  kv_tile = hopper.tile((stages, plan.block_kv, h), plan.dtype)
+  tile = lambda *shape: hopper.tile(shape, plan.dtype)
+  k_tile = v_tile = tile(stages, plan.block_kv, h)
+  extra = []
+  if plan.is_8bit:
+    v_tile = tile(stages, h, plan.block_kv)
+    extra = [
+      tile(wgs, hopper.ROWS, plan.block_kv),
+      hopper.tile((wgs, hopper.ROWS, h), plan.out_dtype),
+    ]
   full = plgpu.Barrier(num_barriers=stages)
   free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
 
@@ -107,15 +132,15 @@ def call(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[Any, Any]:
     body,
     name='flash_attention_forward',
     out=(
-      jax.ShapeDtypeStruct(q.shape, q.dtype),
+      jax.ShapeDtypeStruct(q.shape, plan.out_dtype),
       jax.ShapeDtypeStruct((b, n, t), jnp.float32),
     ),
     # Heads of a group read the same K and V at about the same time.
     grid=dict(row=b, block=num_blocks, head=n),
     scratch=[
-      hopper.tile((wgs, hopper.ROWS, h), plan.dtype),
-      kv_tile,
-      kv_tile,
+      tile(wgs, hopper.ROWS, h),
+      k_tile,
+      v_tile,
       plgpu.SMEM((wgs, hopper.ROWS), jnp.float32),
       plgpu.Barrier(num_barriers=wgs),
       full,
@@ -123,6 +148,7 @@ def call(plan: Plan, inputs: dict[str, jax.Array]) -> tuple[Any, Any]:
       free,
       free,
       plgpu.Barrier(num_barriers=wgs),
+      *extra,
       *hopper.stand_ins(wgs, (hopper.ROWS, h)),
     ],
     warpgroups=wgs + 1,
@@ -136,7 +162,10 @@ class _Block:
     self.plan, self.ins, self.out, self.lse = plan, ins, out, lse
     self.q, self.k, self.v, self.lse_smem = q, k, v, lse_smem
     self.q_full, self.k_full, self.v_full, *scratch = scratch
-    self.k_free, self.v_free, self.turn, *self.stand_ins = scratch
+    self.k_free, self.v_free, self.turn, *scratch = scratch
+    if plan.is_8bit:
+      self.p, self.out_smem, *scratch = scratch
+    self.stand_ins = scratch
     self.row, self.head = lax.axis_index('row'), lax.axis_index('head')
     num_blocks = ins['q'].shape[1] // plan.block_q
     # The last blocks of causal attention are the longest: they go first.
@@ -183,9 +212,11 @@ class _Block:
         def _():
           plgpu.barrier_wait(free.at[slot])
 
-        plgpu.copy_gmem_to_smem(
-          ins[name].at[self.row, keys, kv_head], smem.at[slot], full.at[slot]
-        )
+        if name == 'v' and plan.is_8bit:
+          source = ins[name].at[self.row, kv_head, :, keys]
+        else:
+          source = ins[name].at[self.row, keys, kv_head]
+        plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
 
   def compute(self, wg):
     """Attention of 64 rows."""
@@ -207,10 +238,11 @@ class _Block:
       *(ref.at[wg] for ref in self.stand_ins),
     )
     out, lse = self.finish(out, m, l)
-    q[...] = out.astype(q.dtype)
+    out_smem = self.out_smem.at[wg] if plan.is_8bit else q
+    out_smem[...] = out.astype(plan.out_dtype)
     self.lse_smem.at[wg][...] = lse
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, self.out.at[self.row, rows, self.head])
+    plgpu.copy_smem_to_gmem(out_smem, self.out.at[self.row, rows, self.head])
     plgpu.copy_smem_to_gmem(
       self.lse_smem.at[wg], self.lse.at[self.row, self.head, rows]
     )
@@ -241,7 +273,7 @@ class _Block:
 
       def products(s_ref):
         plgpu.wgmma(s_ref, q, self.k.at[slot].T)
-        acc.add(p, self.v.at[before])
+        self.add_values(wg, acc, p, before)
         self.pass_on(wg, tile)
         return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
 
@@ -254,7 +286,7 @@ class _Block:
       out, weights = lax.optimization_barrier((acc.read(), weights))
       plgpu.barrier_arrive(self.v_free.at[before])
       acc.write(out * _along_columns(alpha, out.shape))
-      return weights.astype(plan.dtype), m, l
+      return self.as_factor(wg, weights), m, l
 
     s = pl.run_scoped(scores_of_first, shape)
     plgpu.barrier_arrive(self.k_free.at[0])
@@ -264,14 +296,30 @@ class _Block:
     whole = lambda tile, carry: step(tile, carry, False)
     begin = jnp.maximum(self.whole, self.first + 1)
     middle = jnp.maximum(self.whole_end, begin)
-    carry = weights.astype(plan.dtype), m, l
+    carry = self.as_factor(wg, weights), m, l
     carry = lax.fori_loop(self.first + 1, begin, masked, carry)
     carry = lax.fori_loop(begin, middle, whole, carry)
     p, m, l = lax.fori_loop(middle, self.end, masked, carry)
     last = slot_of(self.end - 1)
     plgpu.barrier_wait(self.v_full.at[last])
-    acc.add(p, self.v.at[last])
+    self.add_values(wg, acc, p, last)
     return acc.read(), m, l
+
+  def as_factor(self, wg, weights):
+    """The weights as a product takes them: in registers, or `()`."""
+    weights = weights.astype(self.plan.dtype)
+    if not self.plan.is_8bit:
+      return weights
+    self.p.at[wg][...] = weights
+    plgpu.commit_smem()
+    return ()
+
+  def add_values(self, wg, acc, p, slot):
+    """Issues the product of the weights and a tile of values."""
+    if self.plan.is_8bit:
+      acc.add(self.p.at[wg], self.v.at[slot].T)
+    else:
+      acc.add(p, self.v.at[slot])
 
   def pass_on(self, wg, tile):
     """Lets the next warpgroup issue, if it still has to."""
@@ -325,13 +373,14 @@ class _Block:
     plan = self.plan
     new = jnp.maximum(m, s.max(axis=1))
     alpha = jnp.exp2((m - new) * plan.slope)
-    shift = _along_columns(new * plan.slope, s.shape)
+    shift = _along_columns(new * plan.slope - plan.exponent, s.shape)
     p = jnp.exp2(s * plan.slope - shift)
     return p, new, l * alpha + p.sum(axis=1), alpha
 
   def finish(self, out, m, l):
     """Output and natural log-sum-exp."""
-    m = m * self.plan.slope
+    # The sums have a factor of 2 ** exponent.
+    m = m * self.plan.slope - self.plan.exponent
     if 'sinks' in self.ins:
       sink = self.ins['sinks'][self.head] * hopper.LOG2_E
       new = jnp.maximum(m, sink)
