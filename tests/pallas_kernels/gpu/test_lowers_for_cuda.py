@@ -9,6 +9,7 @@ import importlib
 import pathlib
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import pytest
 
@@ -44,7 +45,9 @@ def _lowered(op, case):
     out, vjp = jax.vjp(of_diff, *(args[i] for i in diff))
     return out, vjp(jax.tree.map(jnp.ones_like, out))
 
-  with dispatch.for_platform('cuda'):
+  # A backward pass is traced after its dispatch, and not to be interpreted.
+  uninterpreted = pltpu.force_tpu_interpret_mode(None)
+  with dispatch.for_platform('cuda'), uninterpreted:
     traced = jax.jit(run).trace(case['args'])
   return traced.lower(lowering_platforms=('cuda',)).as_text()
 
