@@ -9,8 +9,7 @@ GEMM", section on warp-specialised persistent kernels, is where the scheme is
 described; it was known to us, and not read for this.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -209,9 +208,7 @@ def send_rows(
     @pl.when(rows & size != 0)
     def _(size=size):
       first = low + (rows & ~(2 * size - 1))
-      plgpu.copy_smem_to_gmem(
-        stage.at[pl.ds(first, size)], target(first, size)
-      )
+      plgpu.copy_smem_to_gmem(stage.at[pl.ds(first, size)], target(first, size))
 
     size //= 2
 

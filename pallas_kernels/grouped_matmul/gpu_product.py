@@ -36,7 +36,7 @@ class Plan:
     depth: Columns of lhs of one step.
     slots: Steps in shared memory.
     across: Tiles of rows that run together.
-    blocks: Thread blocks.
+    blocks: Thread blocks, at most.
     transposed: Whether matrices are `[N, K]`.
   """
 
@@ -71,6 +71,8 @@ def call(
   num_rows = lhs.shape[0]
   n = rhs.shape[1 if plan.transposed else 2]
   items = tiles_of_rows(group_sizes, num_rows, plan.block_rows, plan.across)
+  tiles = items[0].shape[0] * pl.cdiv(n, plan.block_n)
+  plan = dataclasses.replace(plan, blocks=min(plan.blocks, tiles))
   rhs_tile = (plan.depth, plan.block_n)
   if plan.transposed:
     rhs_tile = rhs_tile[::-1]
@@ -82,7 +84,9 @@ def call(
     out=varying.shape((num_rows, n), out_dtype, lhs),
     grid=dict(block=plan.blocks),
     scratch=dict(
-      lhs_tiles=hopper.tile((plan.slots, plan.block_rows, plan.depth), lhs.dtype),
+      lhs_tiles=hopper.tile(
+        (plan.slots, plan.block_rows, plan.depth), lhs.dtype
+      ),
       rhs_tiles=hopper.tile((plan.slots, *rhs_tile), rhs.dtype),
       stages=hopper.tile(stage, out_dtype),
       edges=plgpu.SMEM(stage, out_dtype),
