@@ -155,6 +155,21 @@ def drain(
     plgpu.barrier_arrive(ring.empty.at[last])
 
 
+def multiply_registers(acc: Any, a: jax.Array, b: Any) -> None:
+  """Issues `acc += a @ b`, with `a` in registers.
+
+  One product may be running afterwards, so what `a` was made from may change,
+  and `a` of the product before.
+
+  Args:
+    acc: Accumulator `[64, n]`.
+    a: `[64, k]`, with k times its size no more than a swizzle of `b`.
+    b: Shared memory `[k, n]`.
+  """
+  plgpu.wgmma(acc, a, b)
+  plgpu.wgmma_wait(1)
+
+
 def chunk(dtype: DTypeLike) -> int:
   """Columns of a result that are stored together: those of one swizzle."""
   return SWIZZLE // jnp.dtype(dtype).itemsize
