@@ -158,16 +158,15 @@ def drain(
 def multiply_registers(acc: Any, a: jax.Array, b: Any) -> None:
   """Issues `acc += a @ b`, with `a` in registers.
 
-  One product may be running afterwards, so what `a` was made from may change,
-  and `a` of the product before.
+  Registers of `a` may be written again once `wgmma_wait` has seen the product
+  end, which is the caller's to see to.
 
   Args:
     acc: Accumulator `[64, n]`.
-    a: `[64, k]`, with k times its size no more than a swizzle of `b`.
+    a: `[64, k]`, with k elements of it as many bytes as the swizzle of `b`.
     b: Shared memory `[k, n]`.
   """
   plgpu.wgmma(acc, a, b)
-  plgpu.wgmma_wait(1)
 
 
 def chunk(dtype: DTypeLike) -> int:

@@ -134,6 +134,9 @@ def call(
     plan.slots, copies, CONSUMERS
   )
   operands = [x, weights, scales]
+  if plan.group:
+    # One instruction masks and adds if it knows only one of two constants.
+    operands.append(jnp.full((1,), _BASE_BITS, jnp.int32))
   if plan.has_zeros:
     operands.append(zero_points)
   return hopper.kernel(
@@ -147,9 +150,10 @@ def call(
 
 
 def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
-  """Every `plan.blocks`-th tile; `refs` are zero points, if any, and result."""
-  *zeros, out = refs
-  zeros = zeros[0] if zeros else None
+  """Every `plan.blocks`-th tile; `refs` are what is packed's and the result."""
+  *packed, out = refs
+  base = packed[0] if plan.group else None
+  zeros = packed[1] if plan.has_zeros else None
   ring = hopper_matmul.Ring(scratch['full'], scratch['empty'], plan.slots)
   (m, k), n = x.shape, weights.shape[1]
   rows, columns = pl.cdiv(m, plan.block_rows), pl.cdiv(n, BLOCK_N)
@@ -212,7 +216,7 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
   def multiply_tile(wg, done, steps, first, split, row, column):
     del first
     if plan.group:
-      values = _sum_of_groups(plan, ring, scratch, wg, done, steps)
+      values = _sum_of_groups(plan, ring, scratch, base[0], wg, done, steps)
     else:
       values = _sum_of_steps(plan, ring, scratch, wg, done, steps)
       start = pl.multiple_of(column * BLOCK_N + wg * _COLUMNS, _COLUMNS)
@@ -253,6 +257,8 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
           plgpu.layout_cast(wide, plgpu.Layout.WGMMA),
           x_tiles.at[slot, :, ks].T,
         )
+        # The piece before this one is no longer read from registers.
+        plgpu.wgmma_wait(1)
       # Reads come before the copies that may follow: another proxy's writes.
       plgpu.commit_smem()
 
@@ -262,7 +268,7 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
   return pl.run_scoped(product, plgpu.ACC((_COLUMNS, plan.block_rows)))
 
 
-def _sum_of_groups(plan, ring, scratch, wg, done, steps):
+def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
   """The transposed product of packed weights, each group scaled."""
   x_tiles, weight_tiles = scratch['x_tiles'], scratch['weight_tiles']
   shape = (_COLUMNS, plan.block_rows)
@@ -283,7 +289,14 @@ def _sum_of_groups(plan, ring, scratch, wg, done, steps):
         if plan.has_zeros:
           offset = _of_columns(scratch['zero_tiles'].at[slot, group, mine])
         product = functools.partial(
-          _group_product, plan, x_tiles.at[slot], words, offset, block, top
+          _group_product,
+          plan,
+          x_tiles.at[slot],
+          words,
+          base,
+          offset,
+          block,
+          top,
         )
         product = pl.run_scoped(product, plgpu.ACC(shape))
         scale = _of_columns(scratch['scale_tiles'].at[slot, group, mine])
@@ -297,7 +310,7 @@ def _sum_of_groups(plan, ring, scratch, wg, done, steps):
   return jax.lax.fori_loop(0, steps, one, zero)
 
 
-def _group_product(plan, x_tile, words, offset, block, top, acc):
+def _group_product(plan, x_tile, words, base, offset, block, top, acc):
   """Multiplies rows `[top, top + group)` of a block of packed ones."""
   shift = _BASE + quantize.OFFSET
   if offset is None:
@@ -312,7 +325,7 @@ def _group_product(plan, x_tile, words, offset, block, top, acc):
     if row:
       bits = jax.lax.shift_right_logical(words, row // pair * 4)
     # Both rows of a word at once; their order is that of the halves.
-    bits = (bits & 0x000F000F) | _BASE_BITS
+    bits = (bits & 0x000F000F) | base
     for half in range(2):
       part = bits
       if half:
