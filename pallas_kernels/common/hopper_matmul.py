@@ -11,6 +11,7 @@ described; it was known to us, and not read for this.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -167,6 +168,13 @@ def multiply_registers(acc: Any, a: jax.Array, b: Any) -> None:
     b: Shared memory `[k, n]`.
   """
   plgpu.wgmma(acc, a, b)
+
+
+def load(ref: Any) -> jax.Array:
+  """Loads without asking for a layout free of bank conflicts: for vectors."""
+  # From JAX 0.12 on the index is part of the reference.
+  index = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
+  return plgpu.load(ref, *index, optimized=False)
 
 
 def chunk(dtype: DTypeLike) -> int:

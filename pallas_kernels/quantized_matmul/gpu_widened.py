@@ -14,7 +14,6 @@ scaled in float32.
 
 import dataclasses
 import functools
-import inspect
 
 import jax
 from jax.experimental import pallas as pl
@@ -340,9 +339,7 @@ def _group_product(plan, x_tile, words, base, offset, block, top, acc):
 
 def _of_columns(ref):
   """A value per column of the matrix, which is a row of the accumulator."""
-  # From JAX 0.12 on the index is part of the reference.
-  index = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
-  values = plgpu.load(ref, *index, optimized=False)
+  values = hopper_matmul.load(ref)
   return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
 
 
