@@ -2,8 +2,8 @@
 
 Gale et al., "MegaBlocks: Efficient Sparse Training with Mixture-of-Experts",
 https://arxiv.org/abs/2211.15841, section 5. The result and the gradient of the
-rows are `gpu_product`, which reads matrices as they are or transposed, without
-a copy; the gradient of the matrices is `gpu_weight_gradient`.
+rows are `pallas_gpu_product`, which reads matrices as they are or transposed,
+without a copy; the gradient of the matrices is `pallas_gpu_weight_gradient`.
 
 Deviations: tiles start at the eight rows where a group does, not at multiples
 of a tile, so that a group has at most one tile more than its rows fill. The
@@ -29,8 +29,10 @@ from pallas_kernels.common import hopper_matmul
 from pallas_kernels.common import tuned
 from pallas_kernels.common import varying
 from pallas_kernels.common.gradient import with_gradient
-from pallas_kernels.grouped_matmul import gpu_product
-from pallas_kernels.grouped_matmul import gpu_weight_gradient
+from pallas_kernels.grouped_matmul import pallas_gpu_product as product
+from pallas_kernels.grouped_matmul import (
+  pallas_gpu_weight_gradient as weight_gradient,
+)
 
 _DEPTH = 64
 _MAX_SLOTS = 6
@@ -78,8 +80,8 @@ def grouped_matmul_forward(
     group_sizes: See there.
     rhs_scales: See there; must be `None`.
     preferred_element_type: See there.
-    config: At most, of `gpu_product.Plan`: 'block_rows', 'block_n', 'slots',
-      at most, and 'across'; `None` is what is tuned.
+    config: At most, of `pallas_gpu_product.Plan`: 'block_rows', 'block_n',
+      'slots', at most, and 'across'; `None` is what is tuned.
 
   Returns:
     See there.
@@ -111,8 +113,9 @@ def grouped_matmul_backward(
     rhs_scales: See there; must be `None`.
     d_out: Cotangent of the result.
     preferred_element_type: See there.
-    config: For the gradient of `rhs`; at most, of `gpu_weight_gradient.Plan`:
-      'block_n', 'slots', at most, and 'across'; `None` is what is tuned.
+    config: For the gradient of `rhs`; at most, of
+      `pallas_gpu_weight_gradient.Plan`: 'block_n', 'slots', at most, and
+      'across'; `None` is what is tuned.
 
   Returns:
     Arrays as `lhs` and as `rhs`.
@@ -134,10 +137,10 @@ def grouped_matmul_backward(
       function='grouped_matmul_backward',
     )
   plan = _gradient_plan(gpu, rhs, config)
-  d_rhs = gpu_weight_gradient.call(
+  d_rhs = weight_gradient.call(
     plan,
-    _pad(lhs, gpu_product.ALIGNMENT, _DEPTH),
-    _pad(d_out, gpu_product.ALIGNMENT, _DEPTH),
+    _pad(lhs, product.ALIGNMENT, _DEPTH),
+    _pad(d_out, product.ALIGNMENT, _DEPTH),
     group_sizes,
     rhs.dtype,
   )
@@ -212,8 +215,8 @@ def _multiply(lhs, rhs, sizes, out_dtype, transposed, config):
     described = features(lhs, rhs, transposed=transposed)
     config = tuned.lookup('grouped_matmul', gpu.name, described)
   plan = _product_plan(gpu, lhs, rhs, width, transposed, config)
-  lhs = _pad(lhs, gpu_product.ALIGNMENT, _DEPTH)
-  out = gpu_product.call(plan, lhs, _pad(rhs, _DEPTH, _DEPTH), sizes, out_dtype)
+  lhs = _pad(lhs, product.ALIGNMENT, _DEPTH)
+  out = product.call(plan, lhs, _pad(rhs, _DEPTH, _DEPTH), sizes, out_dtype)
   return out[:num_rows, :width]
 
 
@@ -229,8 +232,8 @@ def _product_plan(gpu, lhs, rhs, width, transposed, config):
     return -(-tiles * -(-width // block_n) // gpu.num_sms) * block_n
 
   block_n = config.get('block_n', min(_BLOCK_N, key=waves))
-  stage = gpu_product.CONSUMERS * hopper.ROWS * hopper_matmul.SWIZZLE
-  return gpu_product.Plan(
+  stage = product.CONSUMERS * hopper.ROWS * hopper_matmul.SWIZZLE
+  return product.Plan(
     block_rows=rows,
     block_n=block_n,
     depth=_DEPTH,
@@ -247,14 +250,14 @@ def _product_plan(gpu, lhs, rhs, width, transposed, config):
 
 def _gradient_plan(gpu, rhs, config):
   num_groups, k, n = rhs.shape
-  block_k = gpu_product.CONSUMERS * hopper.ROWS
+  block_k = product.CONSUMERS * hopper.ROWS
   tiles = num_groups * -(-k // block_k)
 
   def waves(block_n):
     return -(-tiles * -(-n // block_n) // gpu.num_sms) * block_n
 
   block_n = config.get('block_n', min(_BLOCK_N, key=waves))
-  return gpu_weight_gradient.Plan(
+  return weight_gradient.Plan(
     block_n=block_n,
     depth=_DEPTH,
     slots=hopper_matmul.slots_that_fit(

@@ -12,8 +12,8 @@ import pytest
 from pallas_kernels.common import hopper
 from pallas_kernels.common import hopper_matmul
 from pallas_kernels.grouped_matmul import cases
-from pallas_kernels.grouped_matmul import gpu_product
 from pallas_kernels.grouped_matmul import pallas_gpu
+from pallas_kernels.grouped_matmul import pallas_gpu_product
 from pallas_kernels.grouped_matmul import reference
 
 interpreted = pytest.mark.skipif(
@@ -150,13 +150,13 @@ def test_gradient_of_rows():
 @pytest.mark.parametrize('broken', ['tile', 'rows'])
 def test_a_broken_boundary_is_seen(monkeypatch, broken):
   if broken == 'tile':
-    listed = gpu_product.tiles_of_rows
+    listed = pallas_gpu_product.tiles_of_rows
 
     def wrong(*args):
       group, top, low, high = listed(*args)
       return group, top, jnp.zeros_like(low), high
 
-    monkeypatch.setattr(gpu_product, 'tiles_of_rows', wrong)
+    monkeypatch.setattr(pallas_gpu_product, 'tiles_of_rows', wrong)
   else:
     monkeypatch.setattr(hopper_matmul, 'send_rows', lambda *args: None)
   lhs, rhs, sizes, _ = _inputs(n=64)
@@ -175,7 +175,7 @@ def test_every_row_is_in_one_tile():
       sizes = np.floor(shares * 1000).astype(np.int32)[:-1]
       group, top, low, high = map(
         np.asarray,
-        gpu_product.tiles_of_rows(jnp.array(sizes), 1000, block_rows, 4),
+        pallas_gpu_product.tiles_of_rows(jnp.array(sizes), 1000, block_rows, 4),
       )
       assert len(group) % 4 == 0
       owner = np.full(1000, -1)

@@ -155,9 +155,7 @@ def _narrow_kernel(
     def _():
       left = column * block_n
       top = row * block_m + wg * (block_m // CONSUMERS)
-      scale = _load(
-        scales.at[pl.ds(pl.multiple_of(left, block_n), block_n)], 0
-      )
+      scale = _load(scales.at[pl.ds(pl.multiple_of(left, block_n), block_n)], 0)
       for i, values in enumerate(parts):
         first = pl.multiple_of(top + i * _ROWS, _ROWS)
         row_scale = _load(x_scales.at[pl.ds(first, _ROWS)], 1)

@@ -102,13 +102,14 @@ def call(
   Returns:
     `[splits, M, N]`, to be added up.
   """
-  (m, k), n = x.shape, weights.shape[1]
-  tiles = pl.cdiv(m, plan.block_rows) * pl.cdiv(n, BLOCK_N) * plan.splits
-  plan = dataclasses.replace(plan, blocks=min(plan.blocks, tiles))
-  stored = min(plan.block_rows, _STORED_ROWS)
-  scratch = dict(
-    stages=hopper.tile((CONSUMERS, stored, _COLUMNS), out_dtype)
+  m, n = x.shape[0], weights.shape[1]
+  columns = pl.cdiv(n, BLOCK_N)
+  tiles = pl.cdiv(m, plan.block_rows) * columns * plan.splits
+  plan = dataclasses.replace(
+    plan, blocks=min(plan.blocks, tiles), across=min(plan.across, columns)
   )
+  stored = min(plan.block_rows, _STORED_ROWS)
+  scratch = dict(stages=hopper.tile((CONSUMERS, stored, _COLUMNS), out_dtype))
   x_tile = (plan.slots, plan.block_rows, plan.depth)
   if plan.group:
     rows = plan.depth // quantize.VALUES_PER_WORD
@@ -184,7 +185,10 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
       step = step + first
       depth = plan.depth
       plgpu.copy_gmem_to_smem(
-        x.at[pl.ds(row * plan.block_rows, plan.block_rows), pl.ds(step * depth, depth)],
+        x.at[
+          pl.ds(row * plan.block_rows, plan.block_rows),
+          pl.ds(step * depth, depth),
+        ],
         scratch['x_tiles'].at[slot],
         arrived,
       )
@@ -258,7 +262,7 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
         )
         # The piece before this one is no longer read from registers.
         plgpu.wgmma_wait(1)
-      # Reads come before the copies that may follow: another proxy's writes.
+      # As in `_release`.
       plgpu.commit_smem()
 
     hopper_matmul.drain(ring, done, steps, one)
@@ -300,9 +304,7 @@ def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
         product = pl.run_scoped(product, plgpu.ACC(shape))
         scale = _of_columns(scratch['scale_tiles'].at[slot, group, mine])
         total += product * jax.lax.broadcast_in_dim(scale, shape, (0,))
-    # Reads come before the copies that may follow: another proxy's writes.
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(ring.empty.at[slot])
+    _release(ring.empty.at[slot])
     return total
 
   zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
@@ -341,6 +343,13 @@ def _of_columns(ref):
   """A value per column of the matrix, which is a row of the accumulator."""
   values = hopper_matmul.load(ref)
   return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _release(empty):
+  """Gives a slot back whose values were read into registers."""
+  # Copies are another proxy's writes, which only a fence puts after reads.
+  plgpu.commit_smem()
+  plgpu.barrier_arrive(empty)
 
 
 def _store(values, stage, out, row, column, wg):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from pallas_kernels.common import hopper
 from pallas_kernels.common import hopper_matmul
 from pallas_kernels.common import varying
-from pallas_kernels.grouped_matmul import gpu_product
+from pallas_kernels.grouped_matmul import pallas_gpu_product
 
-_CONSUMERS = gpu_product.CONSUMERS
+_CONSUMERS = pallas_gpu_product.CONSUMERS
 _ROWS = hopper.ROWS
-_ALIGNMENT = gpu_product.ALIGNMENT
+_ALIGNMENT = pallas_gpu_product.ALIGNMENT
 
 
 @dataclasses.dataclass(frozen=True)
