@@ -192,7 +192,9 @@ def test_a_slot_that_is_filled_too_early_is_seen(run, monkeypatch, caplog):
   # Readers of a slot no longer say that they are done before copies go there.
   monkeypatch.setattr(pallas_gpu_widened, '_release', plgpu.barrier_arrive)
   args = _case(9, 512, 128, weights='int4')
-  jax.block_until_ready(run(*args, config=dict(slots=2), on_race='warn'))
+  jax.block_until_ready(
+    run(*args, config=dict(slots=2, splits=1), on_race='warn')
+  )
   assert 'RACE DETECTED' in caplog.text
 
 
