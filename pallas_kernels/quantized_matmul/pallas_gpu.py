@@ -236,14 +236,15 @@ def _widened_plan(gpu, shape, dtype, group, zero_points, out_dtype, config):
 
 def _block_rows(m, group):
   """Rows of a tile."""
-  for rows in _BLOCK_ROWS:
-    if m <= rows:
-      return rows
   # The sums of a group and of all groups both need registers.
+  most = _BLOCK_ROWS[-2 if group == min(quantize.GROUP_SIZES) else -1]
+  for rows in _BLOCK_ROWS:
+    if m <= rows <= most:
+      return rows
   large = -(-m // _LARGE_BLOCK_ROWS) * _LARGE_BLOCK_ROWS
   if not group and large <= 1.05 * m:
     return _LARGE_BLOCK_ROWS
-  return _FEW_ROWS
+  return most
 
 
 def _splits(gpu, shape, dtype):

@@ -45,7 +45,7 @@ class Plan:
 
   Attributes:
     block_rows: Rows of x in a tile.
-    depth: Rows of the matrix of one step.
+    depth: Rows of the matrix of one step, a multiple of 128.
     slots: Steps in shared memory.
     splits: Blocks that share the K of a tile.
     across: Tiles of columns that run together.
@@ -103,6 +103,8 @@ def call(
     `[splits, M, N]`, to be added up.
   """
   m, n = x.shape[0], weights.shape[1]
+  # With less, a piece would be widened into registers that WGMMA still reads.
+  assert plan.depth % (2 * _PIECE) == 0, plan
   columns = pl.cdiv(n, BLOCK_N)
   tiles = pl.cdiv(m, plan.block_rows) * columns * plan.splits
   plan = dataclasses.replace(
@@ -252,9 +254,7 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
         narrow = plgpu.layout_cast(
           weight_tiles.at[slot, wg, ks].T[...], plgpu.Layout.WGMMA_TRANSPOSED
         )
-        if narrow.dtype != jnp.int8:
-          narrow = narrow.astype(jnp.float32)
-        wide = narrow.astype(jnp.bfloat16)
+        wide = _widen(narrow)
         hopper_matmul.multiply_registers(
           acc,
           plgpu.layout_cast(wide, plgpu.Layout.WGMMA),
@@ -269,6 +269,13 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
     return acc[...]
 
   return pl.run_scoped(product, plgpu.ACC((_COLUMNS, plan.block_rows)))
+
+
+def _widen(narrow):
+  if narrow.dtype != jnp.int8:
+    # The hardware widens float8 to float16, and that to float32.
+    narrow = narrow.astype(jnp.float32)
+  return narrow.astype(jnp.bfloat16)
 
 
 def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
