@@ -4,7 +4,14 @@ A block has warpgroups that multiply and, after them, one that copies. The
 copies of a step of the contraction go to one slot of a ring in shared memory;
 `full` says that they arrived, `empty` that every multiplying warpgroup is done
 with the slot. The ring never stops: while the warpgroups that multiply store a
-tile, the copies of the next one are under way. NVIDIA, CUTLASS, "Efficient
+tile, the copies of the next one are under way.
+
+Two blocks of a cluster may share copies: each fetches half of what both need,
+and TMA writes it into the shared memory of both, which halves what crosses the
+second level of cache for that operand. A slot is then empty once it is so in
+both blocks.
+
+NVIDIA, CUTLASS, "Efficient
 GEMM", section on warp-specialised persistent kernels, is where the scheme is
 described; it was known to us, and not read for this.
 """
@@ -24,6 +31,8 @@ from pallas_kernels.common import hopper
 
 # Bytes of the minor dimension of a tile of operands: one swizzle.
 SWIZZLE = 128
+# Name of the axis of the blocks of a cluster.
+CLUSTER = 'peer'
 # Registers of a thread: three warpgroups have 168 each, a multiple of 8.
 _COPY_REGISTERS = 40
 _MULTIPLY_REGISTERS = 232
@@ -35,7 +44,8 @@ class Ring:
 
   Attributes:
     full: One barrier per slot, which the copies of a step arrive on.
-    empty: One per slot, which every multiplying warpgroup arrives on.
+    empty: One per slot, which every multiplying warpgroup arrives on, in all
+      blocks of a cluster.
     slots: How many.
   """
 
@@ -44,18 +54,22 @@ class Ring:
   slots: int
 
 
-def barriers(slots: int, copies: int, consumers: int) -> tuple[Any, Any]:
+def barriers(
+  slots: int, copies: int, consumers: int, peers: int = 1
+) -> tuple[Any, Any]:
   """Scratch of a ring: `full` and `empty`.
 
   Args:
     slots: Of the ring.
     copies: Of a step.
     consumers: Warpgroups that multiply.
+    peers: Blocks of a cluster.
   """
-  return (
-    plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-    plgpu.Barrier(num_arrivals=consumers, num_barriers=slots),
-  )
+  full = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+  kwargs = dict(num_arrivals=consumers, num_barriers=slots)
+  if peers == 1:
+    return full, plgpu.Barrier(**kwargs)
+  return full, plgpu.ClusterBarrier(collective_axes=(CLUSTER,), **kwargs)
 
 
 def specialise(
@@ -113,6 +127,22 @@ def fill(
 
   jax.lax.fori_loop(0, steps, body, ())
   return done + steps
+
+
+def finish(ring: Ring, done: Any) -> None:
+  """Waits until all slots are empty, so that a block outlives its peers' use.
+
+  Args:
+    ring: Its barriers.
+    done: Steps of all tiles.
+  """
+  for i in range(ring.slots):
+    count = done - ring.slots + i
+
+    @pl.when(count >= 0)
+    def _(count=count):
+      slot = jax.lax.rem(count, ring.slots)
+      plgpu.barrier_wait(ring.empty.at[slot])
 
 
 def drain(

@@ -51,6 +51,8 @@ _DEPTH = 128
 _MAX_SLOTS = 8
 _MAX_SPLITS = 8
 _ACROSS = 8
+# Blocks of a cluster.
+_PEERS = 2
 
 
 def quantized_matmul(
@@ -120,8 +122,9 @@ def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
   x, weights = args[:2]
   if _is_narrow(x, weights, static.get('activations')):
     return [
-      dict(slots=slots, across=across)
+      dict(slots=slots, across=across, peers=peers)
       for slots in (3, 4)
+      for peers in (1, 2)
       for across in (4, 8, 16)
     ]
   if x.shape[0] <= _FEW_ROWS:
@@ -173,6 +176,7 @@ def _narrow(gpu, x, x_scales, weights, scales, out_dtype, config):
       config.get('slots', _MAX_SLOTS),
     ),
     across=config.get('across', _ACROSS),
+    peers=config.get('peers', _PEERS),
     blocks=gpu.num_sms,
   )
   out = narrow.call(

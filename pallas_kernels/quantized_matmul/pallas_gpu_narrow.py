@@ -35,12 +35,15 @@ class Plan:
 
   Attributes:
     slots: Steps in shared memory.
-    across: Tiles of rows that run together.
+    across: Tiles of rows that run together, a multiple of `peers`.
+    peers: Blocks of a cluster, one below the other, which share copies of
+      weights: 1 or 2.
     blocks: Thread blocks, at most.
   """
 
   slots: int
   across: int
+  peers: int
   blocks: int
 
 
@@ -72,18 +75,19 @@ def call(
   """
   shape = (x.shape[0], weights.shape[0])
   block_m, block_n = BLOCKS[x.dtype.name]
-  rows = pl.cdiv(shape[0], block_m)
+  rows = pl.cdiv(pl.cdiv(shape[0], block_m), plan.peers) * plan.peers
   plan = dataclasses.replace(
     plan,
     blocks=min(plan.blocks, rows * pl.cdiv(shape[1], block_n)),
     across=min(plan.across, rows),
   )
-  full, empty = hopper_matmul.barriers(plan.slots, 2, CONSUMERS)
+  full, empty = hopper_matmul.barriers(plan.slots, 2, CONSUMERS, plan.peers)
   return hopper.kernel(
     functools.partial(_narrow_kernel, plan=plan),
     name='quantized_matmul_narrow',
     out=varying.shape(shape, out_dtype, x),
-    grid=dict(block=plan.blocks),
+    grid=dict(cluster=plan.blocks // plan.peers),
+    cluster={hopper_matmul.CLUSTER: plan.peers},
     scratch=dict(
       x_tiles=hopper.tile((plan.slots, block_m, DEPTH), x.dtype),
       weight_tiles=hopper.tile((plan.slots, block_n, DEPTH), x.dtype),
@@ -120,18 +124,24 @@ def _narrow_kernel(
   )
   lines = pl.cdiv(rows, plan.across) * plan.across
   all_steps = x.shape[1] // DEPTH
-  block = jax.lax.axis_index('block')
+  clusters = plan.blocks // plan.peers
+  cluster = jax.lax.axis_index('cluster')
+  peer = jax.lax.axis_index(hopper_matmul.CLUSTER)
 
   def each_tile(body):
     def visit(i, done):
+      # Peers do the same steps, also where the second one has no rows.
       row, column = hopper_matmul.blocks_of_tiles(
-        block + i * plan.blocks, plan.across, (lines, columns)
+        cluster + i * clusters,
+        plan.across // plan.peers,
+        (lines // plan.peers, columns),
       )
+      row = row * plan.peers
       steps = jnp.where(row < rows, all_steps, 0)
-      return body(done, steps, row, column)
+      return body(done, steps, row + peer, column)
 
-    mine = pl.cdiv(lines * columns - block, plan.blocks)
-    jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
+    mine = pl.cdiv(lines // plan.peers * columns - cluster, clusters)
+    return jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
 
   def copy_tile(done, steps, row, column):
     def copies(step, slot, arrived):
@@ -143,6 +153,7 @@ def _narrow_kernel(
         weights.at[pl.ds(column * block_n, block_n), ks],
         weight_tiles.at[slot],
         arrived,
+        collective_axes=hopper_matmul.CLUSTER if plan.peers > 1 else None,
       )
 
     return hopper_matmul.fill(ring, done, steps, copies)
@@ -174,7 +185,7 @@ def _narrow_kernel(
 
   hopper_matmul.specialise(
     CONSUMERS,
-    lambda: each_tile(copy_tile),
+    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
     lambda wg: each_tile(functools.partial(multiply_tile, wg)),
   )
   plgpu.wait_smem_to_gmem(0)
