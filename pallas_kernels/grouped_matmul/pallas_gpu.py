@@ -37,6 +37,8 @@ from pallas_kernels.grouped_matmul import (
 _DEPTH = 64
 _MAX_SLOTS = 6
 _MAX_ACROSS = 8
+# Blocks of a cluster.
+_PEERS = 2
 _BLOCK_N = (256, 128)
 
 
@@ -114,8 +116,8 @@ def grouped_matmul_backward(
     d_out: Cotangent of the result.
     preferred_element_type: See there.
     config: For the gradient of `rhs`; at most, of
-      `pallas_gpu_weight_gradient.Plan`: 'block_n', 'slots', at most, and
-      'across'; `None` is what is tuned.
+      `pallas_gpu_weight_gradient.Plan`: 'block_n', 'slots', at most,
+      'across' and 'peers'; `None` is what is tuned.
 
   Returns:
     Arrays as `lhs` and as `rhs`.
@@ -188,10 +190,11 @@ def backward_candidates(
   """Configurations of the gradient of `rhs` worth a try."""
   del chip_name, args, static
   return [
-    dict(block_n=n, slots=slots, across=across)
+    dict(block_n=n, slots=slots, across=across, peers=peers)
     for n in _BLOCK_N
     for slots in (4, _MAX_SLOTS)
-    for across in (1, 4, 8)
+    for peers in (1, 2)
+    for across in (2, 4, 8)
   ]
 
 
@@ -265,7 +268,8 @@ def _gradient_plan(gpu, rhs, config):
       block_k * hopper_matmul.SWIZZLE,
       config.get('slots', _MAX_SLOTS),
     ),
-    across=config.get('across', min(-(-k // block_k), _MAX_ACROSS)),
+    across=config.get('across', _MAX_ACROSS),
+    peers=config.get('peers', _PEERS if k > block_k else 1),
     blocks=gpu.num_sms,
   )
 

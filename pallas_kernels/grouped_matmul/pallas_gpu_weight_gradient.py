@@ -33,7 +33,9 @@ class Plan:
     block_n: Columns of a tile; it has 64 rows for each warpgroup.
     depth: Rows of the group of one step.
     slots: Steps in shared memory.
-    across: Tiles of K that run together.
+    across: Tiles of K that run together, a multiple of `peers`.
+    peers: Blocks of a cluster, with neighbouring tiles of K, which share copies
+      of the cotangent: 1 or 2.
     blocks: Thread blocks, at most.
   """
 
@@ -41,6 +43,7 @@ class Plan:
   depth: int
   slots: int
   across: int
+  peers: int
   blocks: int
 
 
@@ -66,20 +69,21 @@ def call(
   sizes = group_sizes.astype(jnp.int32)
   ends = jnp.cumsum(sizes)
   shape = (group_sizes.shape[0], lhs.shape[1], d_out.shape[1])
-  tiles = (
-    shape[0]
-    * pl.cdiv(shape[1], _CONSUMERS * _ROWS)
-    * pl.cdiv(shape[2], plan.block_n)
+  rows = pl.cdiv(shape[1], _CONSUMERS * _ROWS)
+  rows = pl.cdiv(rows, plan.peers) * plan.peers
+  tiles = shape[0] * rows * pl.cdiv(shape[2], plan.block_n)
+  plan = dataclasses.replace(
+    plan, blocks=min(plan.blocks, tiles), across=min(plan.across, rows)
   )
-  plan = dataclasses.replace(plan, blocks=min(plan.blocks, tiles))
   stage = (_CONSUMERS, _ROWS, hopper_matmul.chunk(out_dtype))
-  full, empty = hopper_matmul.barriers(plan.slots, 2, _CONSUMERS)
+  full, empty = hopper_matmul.barriers(plan.slots, 2, _CONSUMERS, plan.peers)
   tile = (plan.slots, plan.depth)
   return hopper.kernel(
     functools.partial(_weight_gradient_kernel, plan=plan),
     name='grouped_matmul_d_rhs',
     out=varying.shape(shape, out_dtype, lhs),
-    grid=dict(block=plan.blocks),
+    grid=dict(cluster=plan.blocks // plan.peers),
+    cluster={hopper_matmul.CLUSTER: plan.peers},
     scratch=dict(
       lhs_tiles=hopper.tile((*tile, _CONSUMERS * _ROWS), lhs.dtype),
       d_out_tiles=hopper.tile((*tile, plan.block_n), d_out.dtype),
@@ -113,25 +117,31 @@ def _weight_gradient_kernel(
   block_k = _CONSUMERS * _ROWS
   rows = pl.cdiv(pl.cdiv(k, block_k), plan.across) * plan.across
   columns = pl.cdiv(n, plan.block_n)
-  per_group = rows * columns
-  block = jax.lax.axis_index('block')
+  per_group = rows // plan.peers * columns
+  clusters = plan.blocks // plan.peers
+  cluster = jax.lax.axis_index('cluster')
+  peer = jax.lax.axis_index(hopper_matmul.CLUSTER)
 
   def each_tile(body):
     def visit(i, done):
-      tile = block + i * plan.blocks
+      tile = cluster + i * clusters
       group = jax.lax.div(tile, per_group)
       row, column = hopper_matmul.blocks_of_tiles(
-        jax.lax.rem(tile, per_group), plan.across, (rows, columns)
+        jax.lax.rem(tile, per_group),
+        plan.across // plan.peers,
+        (rows // plan.peers, columns),
       )
+      row = row * plan.peers
       start = starts[group]
       eighth = jax.lax.div(start, _ALIGNMENT)
       low, high = (a - eighth * _ALIGNMENT for a in (start, ends[group]))
       has_rows = (high > low) & (row * block_k < k)
       steps = jnp.where(has_rows, pl.cdiv(high, plan.depth), 0)
+      row = row + peer
       return body(done, steps, group, eighth, low, high, row, column)
 
-    mine = pl.cdiv(num_groups * per_group - block, plan.blocks)
-    jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
+    mine = pl.cdiv(num_groups * per_group - cluster, clusters)
+    return jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
 
   def copy_tile(done, steps, group, eighth, low, high, row, column):
     del group, low, high
@@ -146,6 +156,7 @@ def _weight_gradient_kernel(
         d_out.at[rows, pl.ds(column * plan.block_n, plan.block_n)],
         d_out_tiles.at[slot],
         arrived,
+        collective_axes=hopper_matmul.CLUSTER if plan.peers > 1 else None,
       )
 
     return hopper_matmul.fill(ring, done, steps, copies)
@@ -196,7 +207,7 @@ def _weight_gradient_kernel(
 
   hopper_matmul.specialise(
     _CONSUMERS,
-    lambda: each_tile(copy_tile),
+    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
     lambda wg: each_tile(functools.partial(multiply_tile, wg)),
   )
   plgpu.wait_smem_to_gmem(0)
