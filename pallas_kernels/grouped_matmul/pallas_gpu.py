@@ -83,7 +83,7 @@ def grouped_matmul_forward(
     rhs_scales: See there; must be `None`.
     preferred_element_type: See there.
     config: At most, of `pallas_gpu_product.Plan`: 'block_rows', 'block_n',
-      'slots', at most, and 'across'; `None` is what is tuned.
+      'slots', at most, 'across' and 'peers'; `None` is what is tuned.
 
   Returns:
     See there.
@@ -168,11 +168,12 @@ def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
   lhs, rhs = args[:2]
   few = lhs.shape[0] <= hopper.ROWS * rhs.shape[0]
   return [
-    dict(block_rows=rows, block_n=n, slots=slots, across=across)
+    dict(block_rows=rows, block_n=n, slots=slots, across=across, peers=peers)
     for rows in ((64,) if few else (64, 128))
     for n in _BLOCK_N
     for slots in (4, _MAX_SLOTS)
-    for across in ((1,) if few else (1, 2, 4, 8, 16))
+    for peers in ((1,) if few else (1, 2))
+    for across in ((1,) if few else (2, 4, 8, 16))
   ]
 
 
@@ -235,6 +236,8 @@ def _product_plan(gpu, lhs, rhs, width, transposed, config):
     return -(-tiles * -(-width // block_n) // gpu.num_sms) * block_n
 
   block_n = config.get('block_n', min(_BLOCK_N, key=waves))
+  peers = config.get('peers', _PEERS if per_group > 1 else 1)
+  across = min(-(-per_group // peers) * peers, _MAX_ACROSS)
   stage = product.CONSUMERS * hopper.ROWS * hopper_matmul.SWIZZLE
   return product.Plan(
     block_rows=rows,
@@ -245,7 +248,8 @@ def _product_plan(gpu, lhs, rhs, width, transposed, config):
       2 * stage,
       config.get('slots', _MAX_SLOTS),
     ),
-    across=config.get('across', min(per_group, _MAX_ACROSS)),
+    across=config.get('across', across),
+    peers=peers,
     blocks=gpu.num_sms,
     transposed=transposed,
   )

@@ -35,7 +35,9 @@ class Plan:
     block_n: Columns of a tile.
     depth: Columns of lhs of one step.
     slots: Steps in shared memory.
-    across: Tiles of rows that run together.
+    across: Tiles of rows that run together, a multiple of `peers`.
+    peers: Blocks of a cluster, with neighbouring tiles of rows, which share
+      copies of a matrix where both tiles are of one group: 1 or 2.
     blocks: Thread blocks, at most.
     transposed: Whether matrices are `[N, K]`.
   """
@@ -45,6 +47,7 @@ class Plan:
   depth: int
   slots: int
   across: int
+  peers: int
   blocks: int
   transposed: bool
 
@@ -77,12 +80,13 @@ def call(
   if plan.transposed:
     rhs_tile = rhs_tile[::-1]
   stage = (CONSUMERS, _ROWS, hopper_matmul.chunk(out_dtype))
-  full, empty = hopper_matmul.barriers(plan.slots, 2, CONSUMERS)
+  full, empty = hopper_matmul.barriers(plan.slots, 2, CONSUMERS, plan.peers)
   return hopper.kernel(
     functools.partial(_product_kernel, plan=plan),
     name='grouped_matmul_d_lhs' if plan.transposed else 'grouped_matmul',
     out=varying.shape((num_rows, n), out_dtype, lhs),
-    grid=dict(block=plan.blocks),
+    grid=dict(cluster=plan.blocks // plan.peers),
+    cluster={hopper_matmul.CLUSTER: plan.peers},
     scratch=dict(
       lhs_tiles=hopper.tile(
         (plan.slots, plan.block_rows, plan.depth), lhs.dtype
@@ -153,28 +157,41 @@ def _product_kernel(
   ring = hopper_matmul.Ring(full, empty, plan.slots)
   num_groups = rhs.shape[0]
   columns = pl.cdiv(out.shape[1], plan.block_n)
-  num_tiles = groups.shape[0] * columns
-  block = jax.lax.axis_index('block')
+  lines = groups.shape[0] // plan.peers
+  clusters = plan.blocks // plan.peers
+  cluster = jax.lax.axis_index('cluster')
+  peer = jax.lax.axis_index(hopper_matmul.CLUSTER)
   halves_rows = plan.block_rows == CONSUMERS * _ROWS
   width = plan.block_n if halves_rows else plan.block_n // CONSUMERS
 
   def each_tile(body):
     def visit(i, done):
-      item, column = hopper_matmul.blocks_of_tiles(
-        block + i * plan.blocks, plan.across, (groups.shape[0], columns)
+      line, column = hopper_matmul.blocks_of_tiles(
+        cluster + i * clusters,
+        plan.across // plan.peers,
+        (lines, columns),
       )
+      item = line * plan.peers + peer
       group, low, high = groups[item], lows[item], highs[item]
       top = pl.multiple_of(tops[item] * ALIGNMENT, ALIGNMENT)
-      is_product = (high > low) & (group < num_groups)
-      steps = jnp.where(is_product, pl.cdiv(lhs.shape[1], plan.depth), 0)
-      left = column * plan.block_n
-      return body(done, steps, group, top, low, high, left)
+      is_product = runs = (high > low) & (group < num_groups)
+      is_shared = plan.peers > 1
+      if plan.peers > 1:
+        # Peers do the same steps, also where one of them has nothing to do.
+        other = line * plan.peers + 1 - peer
+        theirs = (highs[other] > lows[other]) & (groups[other] < num_groups)
+        runs = is_product | theirs
+        is_shared = is_product & theirs & (groups[other] == group)
+      steps = jnp.where(runs, pl.cdiv(lhs.shape[1], plan.depth), 0)
+      tile = (group, is_product, is_shared, top, low, high)
+      return body(done, steps, column * plan.block_n, *tile)
 
-    mine = pl.cdiv(num_tiles - block, plan.blocks)
-    jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
+    mine = pl.cdiv(lines * columns - cluster, clusters)
+    return jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
 
-  def copy_tile(done, steps, group, top, low, high, left):
-    del low, high
+  def copy_tile(done, steps, left, group, is_product, is_shared, top, *_):
+    del is_product
+    group = jnp.minimum(group, num_groups - 1)
 
     def copies(step, slot, arrived):
       ks = pl.ds(step * plan.depth, plan.depth)
@@ -183,14 +200,25 @@ def _product_kernel(
         lhs.at[pl.ds(top, plan.block_rows), ks], lhs_tiles.at[slot], arrived
       )
       matrix = (ns, ks) if plan.transposed else (ks, ns)
-      plgpu.copy_gmem_to_smem(
-        rhs.at[group, *matrix], rhs_tiles.at[slot], arrived
-      )
+
+      def copy_matrix(axis=None):
+        plgpu.copy_gmem_to_smem(
+          rhs.at[group, *matrix],
+          rhs_tiles.at[slot],
+          arrived,
+          collective_axes=axis,
+        )
+
+      if plan.peers == 1:
+        return copy_matrix()
+      pl.when(is_shared)(lambda: copy_matrix(hopper_matmul.CLUSTER))
+      pl.when(~is_shared)(copy_matrix)
 
     return hopper_matmul.fill(ring, done, steps, copies)
 
-  def multiply_tile(wg, done, steps, group, top, low, high, left):
+  def multiply_tile(wg, done, steps, left, group, is_product, *tile):
     del group
+    _, top, low, high = tile
     mine = pl.ds(wg * _ROWS if halves_rows else 0, _ROWS)
     ns = pl.ds(0 if halves_rows else wg * width, width)
 
@@ -207,6 +235,11 @@ def _product_kernel(
       return acc[...]
 
     values = pl.run_scoped(product, plgpu.ACC((_ROWS, width)))
+    if plan.peers > 1:
+      # Rows of no group are zeros, whatever was multiplied.
+      values = jnp.where(
+        jnp.broadcast_to(is_product, values.shape), values, 0.0
+      )
     if halves_rows:
       top, low, high = top + wg * _ROWS, low - wg * _ROWS, high - wg * _ROWS
       low = jnp.maximum(low, 0)
@@ -217,7 +250,7 @@ def _product_kernel(
 
   hopper_matmul.specialise(
     CONSUMERS,
-    lambda: each_tile(copy_tile),
+    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
     lambda wg: each_tile(functools.partial(multiply_tile, wg)),
   )
   plgpu.wait_smem_to_gmem(0)

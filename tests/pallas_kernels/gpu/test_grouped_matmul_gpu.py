@@ -22,11 +22,11 @@ interpreted = pytest.mark.skipif(
 )
 _TOLERANCE = 1e-2
 # Two blocks share the tiles, so that each has several.
-_GPU = hopper.Gpu('h200', num_sms=2)
+_GPU = hopper.Gpu('h200', num_sms=4)
 # Empty groups, groups inside of eight rows, one of several tiles, and rows of
 # none.
-_SIZES = (70, 0, 2, 3, 197, 1, 0)
-_ROWS = 301
+_SIZES = (70, 0, 2, 3, 140, 1, 0)
+_ROWS = 237
 
 
 def _interpreter():
@@ -40,7 +40,7 @@ def _few_blocks(monkeypatch):
   monkeypatch.setattr(hopper, 'current', lambda: _GPU)
 
 
-def _inputs(sizes=_SIZES, num_rows=_ROWS, k=136, n=328):
+def _inputs(sizes=_SIZES, num_rows=_ROWS, k=136, n=200):
   keys = jax.random.split(jax.random.key(0), 3)
   lhs = jax.random.normal(keys[0], (num_rows, k), jnp.bfloat16)
   rhs = jax.random.normal(keys[1], (len(sizes), k, n), jnp.bfloat16)
@@ -111,10 +111,10 @@ def _expected(lhs, rhs, sizes, d_out):
 @pytest.mark.parametrize(
   'config',
   [
-    dict(block_rows=128, block_n=256, slots=2, across=1),
-    dict(block_rows=64, block_n=128, slots=6, across=2),
+    dict(block_rows=128, block_n=128, slots=2, across=1, peers=1),
+    dict(block_rows=64, block_n=128, slots=6, across=2, peers=2),
   ],
-  ids=['two_slots', 'more_slots_than_steps'],
+  ids=['two_slots', 'more_slots_than_steps_in_clusters'],
 )
 def test_boundaries_inside_of_tiles(config):
   lhs, rhs, sizes, d_out = _inputs()

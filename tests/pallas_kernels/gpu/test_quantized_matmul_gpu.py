@@ -165,13 +165,14 @@ def test_few_rows_of_rounded_activations(run, weights, activations, dtype):
 
 @interpreted
 @pytest.mark.parametrize('weights', ['int8', 'float8_e4m3fn'])
-@pytest.mark.parametrize('slots,across', [(2, 1), (4, 2)])
-def test_narrow(run, monkeypatch, weights, slots, across):
+@pytest.mark.parametrize('slots,across,peers', [(2, 1, 1), (4, 2, 2)])
+def test_narrow(run, monkeypatch, weights, slots, across, peers):
   monkeypatch.setattr(pallas_gpu, '_MANY_ROWS', 1)
   args = _case(300, 380, 330, weights=weights)
   static = dict(activations=weights, preferred_element_type=jnp.float32)
   expected = reference.quantized_matmul(*args, **static)
-  actual = run(*args, **static, config=dict(slots=slots, across=across))
+  config = dict(slots=slots, across=across, peers=peers)
+  actual = run(*args, **static, config=config)
   # The interpreter's sums of float8 are as exact as float32.
   assert _error(actual, expected) < _TOLERANCE['float32']
 
