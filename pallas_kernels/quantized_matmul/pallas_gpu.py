@@ -53,6 +53,8 @@ _MAX_SPLITS = 8
 _ACROSS = 8
 # Blocks of a cluster.
 _PEERS = 2
+# From how many rows on blocks share copies of x.
+_SHARED_ROWS = 32
 
 
 def quantized_matmul(
@@ -75,8 +77,8 @@ def quantized_matmul(
     activations: See there.
     preferred_element_type: See there.
     config: At most, of the `Plan` of the kernel that runs: 'slots', at most,
-      and 'across', and for `pallas_gpu_widened` also 'block_rows', 'depth' and
-      'splits'; `None` is what is tuned.
+      'across' and 'peers', and for `pallas_gpu_widened` also 'block_rows',
+      'depth' and 'splits'; `None` is what is tuned.
 
   Returns:
     `[M, N]`.
@@ -129,15 +131,17 @@ def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
     ]
   if x.shape[0] <= _FEW_ROWS:
     return [
-      dict(depth=depth, slots=slots, splits=splits)
+      dict(depth=depth, slots=slots, splits=splits, peers=peers, across=peers)
       for depth in (128, 256)
+      for peers in (1, 2)
       for slots in (4, 6, 8)
       for splits in (1, 2, 4, 8)
     ]
   packed = weights.dtype == jnp.int32
   return [
-    dict(block_rows=rows, across=across)
+    dict(block_rows=rows, across=across, peers=peers)
     for rows in ((64, 128) if packed else (128, 192, 256))
+    for peers in (1, 2)
     for across in (4, 8, 16)
   ]
 
@@ -217,6 +221,9 @@ def _widened(gpu, x, weights, scales, zero_points, out_dtype, config):
 def _widened_plan(gpu, shape, dtype, group, zero_points, out_dtype, config):
   m, k, n = shape
   depth = config.get('depth', _DEPTH)
+  # Few rows of x are little to read, and blocks wait for each other.
+  alone = m < _SHARED_ROWS or m <= _FEW_ROWS and -(-n // widened.BLOCK_N) % 2
+  peers = config.get('peers', 1 if alone else _PEERS)
   plan = widened.Plan(
     block_rows=config.get('block_rows', _block_rows(m, group)),
     depth=depth,
@@ -224,7 +231,8 @@ def _widened_plan(gpu, shape, dtype, group, zero_points, out_dtype, config):
     splits=min(
       config.get('splits', _splits(gpu, shape, dtype)), -(-k // depth)
     ),
-    across=config.get('across', 1 if m <= _FEW_ROWS else _ACROSS),
+    across=config.get('across', peers if m <= _FEW_ROWS else _ACROSS),
+    peers=peers,
     blocks=gpu.num_sms,
     group=group,
     has_zeros=zero_points is not None,

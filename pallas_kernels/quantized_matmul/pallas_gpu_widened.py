@@ -48,7 +48,9 @@ class Plan:
     depth: Rows of the matrix of one step, a multiple of 128.
     slots: Steps in shared memory.
     splits: Blocks that share the K of a tile.
-    across: Tiles of columns that run together.
+    across: Tiles of columns that run together, a multiple of `peers`.
+    peers: Blocks of a cluster, with neighbouring tiles of columns, which share
+      copies of x: 1 or 2.
     blocks: Thread blocks, at most.
     group: Rows with one scale where values are packed, or 0.
     has_zeros: Whether there are zero points.
@@ -59,6 +61,7 @@ class Plan:
   slots: int
   splits: int
   across: int
+  peers: int
   blocks: int
   group: int
   has_zeros: bool
@@ -105,7 +108,7 @@ def call(
   m, n = x.shape[0], weights.shape[1]
   # With less, a piece would be widened into registers that WGMMA still reads.
   assert plan.depth % (2 * _PIECE) == 0, plan
-  columns = pl.cdiv(n, BLOCK_N)
+  columns = pl.cdiv(pl.cdiv(n, BLOCK_N), plan.peers) * plan.peers
   tiles = pl.cdiv(m, plan.block_rows) * columns * plan.splits
   plan = dataclasses.replace(
     plan, blocks=min(plan.blocks, tiles), across=min(plan.across, columns)
@@ -133,7 +136,7 @@ def call(
   )
   copies = 1 + CONSUMERS + bool(plan.group) + plan.has_zeros
   scratch['full'], scratch['empty'] = hopper_matmul.barriers(
-    plan.slots, copies, CONSUMERS
+    plan.slots, copies, CONSUMERS, plan.peers
   )
   operands = [x, weights, scales]
   if plan.group:
@@ -145,7 +148,8 @@ def call(
     functools.partial(_widened_kernel, plan=plan),
     name='quantized_matmul_widened',
     out=varying.shape((plan.splits, m, n), out_dtype, x),
-    grid=dict(block=plan.blocks),
+    grid=dict(cluster=plan.blocks // plan.peers),
+    cluster={hopper_matmul.CLUSTER: plan.peers},
     scratch=scratch,
     warpgroups=CONSUMERS + 1,
   )(*operands)
@@ -162,23 +166,29 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
   lines = pl.cdiv(columns, plan.across) * plan.across
   all_steps = k // plan.depth
   most_steps = pl.cdiv(all_steps, plan.splits)
-  per_split = lines * rows
-  block = jax.lax.axis_index('block')
+  per_split = lines // plan.peers * rows
+  clusters = plan.blocks // plan.peers
+  cluster = jax.lax.axis_index('cluster')
+  peer = jax.lax.axis_index(hopper_matmul.CLUSTER)
 
   def each_tile(body):
     def visit(i, done):
-      tile = block + i * plan.blocks
+      tile = cluster + i * clusters
       split = jax.lax.div(tile, per_split)
       column, row = hopper_matmul.blocks_of_tiles(
-        jax.lax.rem(tile, per_split), plan.across, (lines, rows)
+        jax.lax.rem(tile, per_split),
+        plan.across // plan.peers,
+        (lines // plan.peers, rows),
       )
+      column = column * plan.peers
       first = split * most_steps
       steps = jnp.clip(all_steps - first, 0, most_steps)
+      # Peers do the same steps, also where the second one has no columns.
       steps = jnp.where(column < columns, steps, 0)
-      return body(done, steps, first, split, row, column)
+      return body(done, steps, first, split, row, column + peer)
 
-    mine = pl.cdiv(per_split * plan.splits - block, plan.blocks)
-    jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
+    mine = pl.cdiv(per_split * plan.splits - cluster, clusters)
+    return jax.lax.fori_loop(0, mine, visit, jnp.int32(0))
 
   def copy_tile(done, steps, first, split, row, column):
     del split
@@ -193,6 +203,7 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
         ],
         scratch['x_tiles'].at[slot],
         arrived,
+        collective_axes=hopper_matmul.CLUSTER if plan.peers > 1 else None,
       )
       top = depth // quantize.VALUES_PER_WORD if plan.group else depth
       for wg in range(CONSUMERS):
@@ -224,7 +235,8 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
       values = _sum_of_groups(plan, ring, scratch, base[0], wg, done, steps)
     else:
       values = _sum_of_steps(plan, ring, scratch, wg, done, steps)
-      start = pl.multiple_of(column * BLOCK_N + wg * _COLUMNS, _COLUMNS)
+      left = jnp.minimum(column, columns - 1) * BLOCK_N
+      start = pl.multiple_of(left + wg * _COLUMNS, _COLUMNS)
       scale = _of_columns(scales.at[pl.ds(start, _COLUMNS)])
       values *= jax.lax.broadcast_in_dim(scale, values.shape, (0,))
 
@@ -236,7 +248,7 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
 
   hopper_matmul.specialise(
     CONSUMERS,
-    lambda: each_tile(copy_tile),
+    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
     lambda wg: each_tile(functools.partial(multiply_tile, wg)),
   )
   plgpu.wait_smem_to_gmem(0)
