@@ -48,6 +48,8 @@ _FEW_ROWS = 128
 _BLOCK_ROWS = (8, 16, 32, 64, 128)
 _LARGE_BLOCK_ROWS = 192
 _DEPTH = 128
+# Up to how many rows of x a step is twice as deep, for fewer instructions.
+_MOST_ROWS_DEEP = 64
 _MAX_SLOTS = 8
 _MAX_SPLITS = 8
 _ACROSS = 8
@@ -220,7 +222,8 @@ def _widened(gpu, x, weights, scales, zero_points, out_dtype, config):
 
 def _widened_plan(gpu, shape, dtype, group, zero_points, out_dtype, config):
   m, k, n = shape
-  depth = config.get('depth', _DEPTH)
+  deep = m <= _MOST_ROWS_DEEP and k > _DEPTH
+  depth = config.get('depth', (2 if deep else 1) * _DEPTH)
   # Few rows of x are little to read, and blocks wait for each other.
   alone = m < _SHARED_ROWS or m <= _FEW_ROWS and -(-n // widened.BLOCK_N) % 2
   peers = config.get('peers', 1 if alone else _PEERS)

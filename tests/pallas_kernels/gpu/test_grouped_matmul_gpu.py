@@ -21,7 +21,7 @@ interpreted = pytest.mark.skipif(
   reason='this JAX has no interpreter of GPU kernels',
 )
 _TOLERANCE = 1e-2
-# Two blocks share the tiles, so that each has several.
+# Few blocks share the tiles, so that each has several.
 _GPU = hopper.Gpu('h200', num_sms=4)
 # Empty groups, groups inside of eight rows, one of several tiles, and rows of
 # none.

@@ -27,8 +27,8 @@ interpreted = pytest.mark.skipif(
   reason='this JAX has no interpreter of GPU kernels',
 )
 _TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2}
-# Two blocks share the tiles, so that each has several.
-_GPU = hopper.Gpu('h200', num_sms=2)
+# Few blocks share the tiles, so that each has several.
+_GPU = hopper.Gpu('h200', num_sms=4)
 
 
 @pytest.fixture(autouse=True)
@@ -118,19 +118,25 @@ def test_small_cases(run, case):
 @pytest.mark.parametrize(
   'shape,config',
   [
-    # Two rows of tiles, the last of each kind cut off.
-    (dict(m=75, k=264, n=200), dict(block_rows=64, slots=2)),
-    (dict(m=9, k=640, n=64), dict(splits=2, slots=2)),
-    # Four steps among three blocks: one has none.
-    (dict(m=9, k=512, n=320), dict(splits=3, slots=6)),
+    # Two rows of tiles; the last of rows, of columns and of K are cut off.
     (
-      dict(m=75, k=256, n=200, weights='float8_e5m2'),
-      dict(block_rows=128, slots=6, across=2),
+      dict(m=75, k=264, n=200),
+      dict(block_rows=64, depth=128, slots=2, peers=2, across=2),
     ),
-    (dict(m=9, k=640, n=200, weights='int4'), dict(splits=2, slots=2)),
+    # Three steps among two blocks.
+    (dict(m=9, k=640, n=64), dict(depth=256, splits=2, slots=2)),
+    # Four steps among three blocks: one has none.
+    (
+      dict(m=9, k=512, n=320),
+      dict(depth=128, splits=3, slots=6, peers=2, across=4),
+    ),
+    (
+      dict(m=9, k=640, n=200, weights='int4'),
+      dict(depth=128, splits=2, slots=2),
+    ),
     (
       dict(m=75, k=384, n=320, weights='int4', group=32, zeros=True),
-      dict(block_rows=64, slots=2, across=2),
+      dict(block_rows=64, depth=128, slots=2, peers=2, across=2),
     ),
     (
       dict(m=9, k=384, n=72, weights='int4', group=64, zeros=True),
@@ -164,11 +170,13 @@ def test_few_rows_of_rounded_activations(run, weights, activations, dtype):
 
 
 @interpreted
-@pytest.mark.parametrize('weights', ['int8', 'float8_e4m3fn'])
-@pytest.mark.parametrize('slots,across,peers', [(2, 1, 1), (4, 2, 2)])
+@pytest.mark.parametrize(
+  'weights,slots,across,peers',
+  [('int8', 2, 1, 1), ('int8', 4, 2, 2), ('float8_e4m3fn', 3, 2, 2)],
+)
 def test_narrow(run, monkeypatch, weights, slots, across, peers):
   monkeypatch.setattr(pallas_gpu, '_MANY_ROWS', 1)
-  args = _case(300, 380, 330, weights=weights)
+  args = _case(300, 380, 270, weights=weights)
   static = dict(activations=weights, preferred_element_type=jnp.float32)
   expected = reference.quantized_matmul(*args, **static)
   config = dict(slots=slots, across=across, peers=peers)
@@ -193,9 +201,8 @@ def test_a_slot_that_is_filled_too_early_is_seen(run, monkeypatch, caplog):
   # Readers of a slot no longer say that they are done before copies go there.
   monkeypatch.setattr(pallas_gpu_widened, '_release', plgpu.barrier_arrive)
   args = _case(9, 512, 128, weights='int4')
-  jax.block_until_ready(
-    run(*args, config=dict(slots=2, splits=1), on_race='warn')
-  )
+  config = dict(depth=128, slots=2, splits=1)
+  jax.block_until_ready(run(*args, config=config, on_race='warn'))
   assert 'RACE DETECTED' in caplog.text
 
 
