@@ -1,0 +1,2 @@
+def flash_attention_backward(*a, **k):
+  raise NotImplementedError('soon')
