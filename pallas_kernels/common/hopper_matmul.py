@@ -18,7 +18,6 @@ described; it was known to us, and not read for this.
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import inspect
 from typing import Any
 
 import jax
@@ -186,25 +185,36 @@ def drain(
     plgpu.barrier_arrive(ring.empty.at[last])
 
 
-def multiply_registers(acc: Any, a: jax.Array, b: Any) -> None:
+def stand_ins(warpgroups: int, k: int, dtype: DTypeLike) -> dict[str, Any]:
+  """Scratch for `multiply_registers`: nothing, save when interpreted."""
+  if not hopper.is_interpreted():
+    return {}
+  return dict(operands=plgpu.SMEM((warpgroups, hopper.ROWS, k), dtype))
+
+
+def multiply_registers(
+  acc: Any, a: jax.Array, b: Any, operands: Any = None
+) -> None:
   """Issues `acc += a @ b`, with `a` in registers.
 
   Registers of `a` may be written again once `wgmma_wait` has seen the product
-  end, which is the caller's to see to.
+  end, which is the caller's to see to. The interpreter lacks operands in
+  registers: there this one goes to shared memory first.
 
   Args:
     acc: Accumulator `[64, n]`.
     a: `[64, k]`, with k elements of it as many bytes as the swizzle of `b`.
     b: Shared memory `[k, n]`.
+    operands: What `stand_ins` is allocated as, if anything.
   """
-  plgpu.wgmma(acc, a, b)
-
-
-def load(ref: Any) -> jax.Array:
-  """Loads without asking for a layout free of bank conflicts: for vectors."""
-  # From JAX 0.12 on the index is part of the reference.
-  index = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
-  return plgpu.load(ref, *index, optimized=False)
+  if not hopper.is_interpreted():
+    plgpu.wgmma(acc, a, b)
+    return
+  own = operands.at[jax.lax.axis_index('wg'), :, pl.ds(0, a.shape[1])]
+  own[...] = a
+  plgpu.commit_smem()
+  plgpu.wgmma(acc, own, b)
+  plgpu.wgmma_wait(0)
 
 
 def chunk(dtype: DTypeLike) -> int:

@@ -166,10 +166,13 @@ def _narrow_kernel(
     def _():
       left = column * block_n
       top = row * block_m + wg * (block_m // CONSUMERS)
-      scale = _load(scales.at[pl.ds(pl.multiple_of(left, block_n), block_n)], 0)
+      all_columns = pl.ds(pl.multiple_of(left, block_n), block_n)
+      scale = hopper.load(scales, (all_columns,), plgpu.Layout.WGMMA.reduce(0))
       for i, values in enumerate(parts):
         first = pl.multiple_of(top + i * _ROWS, _ROWS)
-        row_scale = _load(x_scales.at[pl.ds(first, _ROWS)], 1)
+        row_scale = hopper.load(
+          x_scales, (pl.ds(first, _ROWS),), plgpu.Layout.WGMMA.reduce(1)
+        )
         values = values.astype(jnp.float32)
         values *= jax.lax.broadcast_in_dim(row_scale, values.shape, (0,))
         values *= jax.lax.broadcast_in_dim(scale, values.shape, (1,))
@@ -232,9 +235,3 @@ def _promoted(ring, x_tiles, weight_tiles, wg, done, steps):
 
   zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
   return jax.lax.fori_loop(0, steps, one, (zero,) * parts)
-
-
-def _load(ref, reduced):
-  """Loads scales, which every thread needs of rows or columns of its own."""
-  values = hopper_matmul.load(ref)
-  return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(reduced))

@@ -134,6 +134,7 @@ def call(
   scratch['weight_tiles'] = hopper.tile(
     (plan.slots, CONSUMERS, rows, _COLUMNS), weights.dtype
   )
+  scratch |= hopper_matmul.stand_ins(CONSUMERS, _PIECE, x.dtype)
   copies = 1 + CONSUMERS + bool(plan.group) + plan.has_zeros
   scratch['full'], scratch['empty'] = hopper_matmul.barriers(
     plan.slots, copies, CONSUMERS, plan.peers
@@ -237,7 +238,7 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
       values = _sum_of_steps(plan, ring, scratch, wg, done, steps)
       left = jnp.minimum(column, columns - 1) * BLOCK_N
       start = pl.multiple_of(left + wg * _COLUMNS, _COLUMNS)
-      scale = _of_columns(scales.at[pl.ds(start, _COLUMNS)])
+      scale = _of_columns(scales, pl.ds(start, _COLUMNS))
       values *= jax.lax.broadcast_in_dim(scale, values.shape, (0,))
 
     @pl.when(column < columns)
@@ -271,6 +272,7 @@ def _sum_of_steps(plan, ring, scratch, wg, done, steps):
           acc,
           plgpu.layout_cast(wide, plgpu.Layout.WGMMA),
           x_tiles.at[slot, :, ks].T,
+          scratch.get('operands'),
         )
         # The piece before this one is no longer read from registers.
         plgpu.wgmma_wait(1)
@@ -309,11 +311,12 @@ def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
         group = block * (quantize.PACKED_ROWS // plan.group) + top // plan.group
         offset = None
         if plan.has_zeros:
-          offset = _of_columns(scratch['zero_tiles'].at[slot, group, mine])
+          offset = _of_columns(scratch['zero_tiles'], slot, group, mine)
         product = functools.partial(
           _group_product,
           plan,
           x_tiles.at[slot],
+          scratch.get('operands'),
           words,
           base,
           offset,
@@ -321,7 +324,7 @@ def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
           top,
         )
         product = pl.run_scoped(product, plgpu.ACC(shape))
-        scale = _of_columns(scratch['scale_tiles'].at[slot, group, mine])
+        scale = _of_columns(scratch['scale_tiles'], slot, group, mine)
         total += product * jax.lax.broadcast_in_dim(scale, shape, (0,))
     _release(ring.empty.at[slot])
     return total
@@ -330,7 +333,9 @@ def _sum_of_groups(plan, ring, scratch, base, wg, done, steps):
   return jax.lax.fori_loop(0, steps, one, zero)
 
 
-def _group_product(plan, x_tile, words, base, offset, block, top, acc):
+def _group_product(
+  plan, x_tile, operands, words, base, offset, block, top, acc
+):
   """Multiplies rows `[top, top + group)` of a block of packed ones."""
   shift = _BASE + quantize.OFFSET
   if offset is None:
@@ -353,15 +358,17 @@ def _group_product(plan, x_tile, words, base, offset, block, top, acc):
       wide = jax.lax.bitcast_convert_type(part.astype(jnp.int16), jnp.bfloat16)
       first = block * quantize.PACKED_ROWS + row + half * _PACKED_PIECE
       hopper_matmul.multiply_registers(
-        acc, wide - shift, x_tile.at[:, pl.ds(first, _PACKED_PIECE)].T
+        acc,
+        wide - shift,
+        x_tile.at[:, pl.ds(first, _PACKED_PIECE)].T,
+        operands,
       )
   return acc[...]
 
 
-def _of_columns(ref):
+def _of_columns(ref, *index):
   """A value per column of the matrix, which is a row of the accumulator."""
-  values = hopper_matmul.load(ref)
-  return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
+  return hopper.load(ref, index, plgpu.Layout.WGMMA.reduce(1))
 
 
 def _release(empty):

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from pallas_kernels.grouped_matmul import pallas_gpu_product
 from pallas_kernels.grouped_matmul import reference
 
 interpreted = pytest.mark.skipif(
-  not hasattr(plgpu, 'force_gpu_interpret_mode'),
+  not hopper.can_interpret(),
   reason='this JAX has no interpreter of GPU kernels',
 )
 _TOLERANCE = 1e-2
@@ -27,12 +26,6 @@ _GPU = hopper.Gpu('h200', num_sms=4)
 # none.
 _SIZES = (70, 0, 2, 3, 140, 1, 0)
 _ROWS = 237
-
-
-def _interpreter():
-  return plgpu.force_gpu_interpret_mode(
-    plgpu.InterpretGPUParams(detect_races=True)
-  )
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +86,7 @@ def test_small_cases(case):
   expected = _value_and_gradients(
     reference.grouped_matmul, *args, **case['kwargs']
   )
-  with _interpreter():
+  with hopper.interpret(detect_races=True):
     actual = _value_and_gradients(
       pallas_gpu.grouped_matmul, *args, **case['kwargs']
     )
@@ -119,7 +112,7 @@ def _expected(lhs, rhs, sizes, d_out):
 def test_boundaries_inside_of_tiles(config):
   lhs, rhs, sizes, d_out = _inputs()
   out, _, d_rhs = _expected(lhs, rhs, sizes, d_out)
-  with _interpreter():
+  with hopper.interpret(detect_races=True):
     actual = jax.jit(
       functools.partial(pallas_gpu.grouped_matmul_forward, config=config)
     )(lhs, rhs, sizes)
@@ -137,7 +130,7 @@ def test_boundaries_inside_of_tiles(config):
 def test_gradient_of_rows():
   args = _inputs(n=72)
   _, expected, _ = _expected(*args)
-  with _interpreter():
+  with hopper.interpret(detect_races=True):
     lhs, rhs, sizes, d_out = args
     actual, _ = jax.jit(pallas_gpu.grouped_matmul_backward)(
       lhs, rhs, sizes, None, d_out
@@ -162,7 +155,7 @@ def test_a_broken_boundary_is_seen(monkeypatch, broken):
   lhs, rhs, sizes, _ = _inputs(n=64)
   expected = reference.grouped_matmul(jnp.nan_to_num(lhs), rhs, sizes)
   # Rows stored twice, by the wrong tile too, are also a race.
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+  with hopper.interpret():
     actual = jax.jit(pallas_gpu.grouped_matmul_forward)(lhs, rhs, sizes)
   assert not _error(actual, expected) < _TOLERANCE
 

@@ -1,13 +1,8 @@
-"""The Hopper kernels of quantized_matmul, in JAX's interpreter of GPU kernels.
-
-The interpreter has no WGMMA with an operand in registers. The tests put that
-operand into shared memory first; all else of the kernels is as it is.
-"""
+"""The Hopper kernels of quantized_matmul, in the interpreter of GPU kernels."""
 
 import functools
 
 import jax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -15,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import hopper
-from pallas_kernels.common import hopper_matmul
 from pallas_kernels.quantized_matmul import cases
 from pallas_kernels.quantized_matmul import pallas_gpu
 from pallas_kernels.quantized_matmul import pallas_gpu_widened
@@ -23,7 +17,7 @@ from pallas_kernels.quantized_matmul import quantize
 from pallas_kernels.quantized_matmul import reference
 
 interpreted = pytest.mark.skipif(
-  not hasattr(plgpu, 'force_gpu_interpret_mode'),
+  not hopper.can_interpret(),
   reason='this JAX has no interpreter of GPU kernels',
 )
 _TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2}
@@ -36,41 +30,10 @@ def _few_blocks(monkeypatch):
   monkeypatch.setattr(hopper, 'current', lambda: _GPU)
 
 
-@pytest.fixture
-def run(monkeypatch):
-  """Runs the op in the interpreter, which looks for races."""
-  held = {}
-  kernel = hopper.kernel
-
-  def with_operand(body, *, scratch, warpgroups, **kwargs):
-    def wrapped(*refs, operand, **named):
-      held['operand'] = operand
-      body(*refs, **named)
-
-    shape = (warpgroups, hopper.ROWS, 64)
-    operand = plgpu.SMEM(shape, jnp.bfloat16)
-    scratch = dict(scratch, operand=operand)
-    return kernel(wrapped, scratch=scratch, warpgroups=warpgroups, **kwargs)
-
-  def multiply_registers(acc, a, b):
-    own = held['operand'].at[jax.lax.axis_index('wg')]
-    own = own.at[:, pl.ds(0, a.shape[1])]
-    own[...] = a
-    plgpu.commit_smem()
-    plgpu.wgmma(acc, own, b)
-    plgpu.wgmma_wait(0)
-
-  monkeypatch.setattr(hopper, 'kernel', with_operand)
-  monkeypatch.setattr(hopper_matmul, 'multiply_registers', multiply_registers)
-
-  def call(*args, on_race='raise', **kwargs):
-    params = plgpu.InterpretGPUParams(detect_races=True, on_race=on_race)
-    with plgpu.force_gpu_interpret_mode(params):
-      return jax.jit(functools.partial(pallas_gpu.quantized_matmul, **kwargs))(
-        *args
-      )
-
-  return call
+def _run(*args, on_race='raise', **kwargs):
+  f = functools.partial(pallas_gpu.quantized_matmul, **kwargs)
+  with hopper.interpret(detect_races=True, on_race=on_race):
+    return jax.jit(f)(*args)
 
 
 def _error(actual, expected):
@@ -106,9 +69,9 @@ def _accepted():
 
 @interpreted
 @pytest.mark.parametrize('case', _accepted())
-def test_small_cases(run, case):
+def test_small_cases(case):
   expected = reference.quantized_matmul(*case['args'], **case['kwargs'])
-  actual = run(*case['args'], **case['kwargs'])
+  actual = _run(*case['args'], **case['kwargs'])
   assert actual.dtype == expected.dtype
   tolerance = _TOLERANCE[case['args'][0].dtype.name]
   assert _error(actual, expected) < tolerance
@@ -144,12 +107,12 @@ def test_small_cases(run, case):
     ),
   ],
 )
-def test_widened(run, shape, config):
+def test_widened(shape, config):
   args = _case(**shape)
   # A float32 result shows more than rounding of the result would.
   static = dict(preferred_element_type=jnp.float32)
   expected = reference.quantized_matmul(*args, **static)
-  actual = run(*args, **static, config=config)
+  actual = _run(*args, **static, config=config)
   assert _error(actual, expected) < _TOLERANCE['float32']
 
 
@@ -162,11 +125,11 @@ def test_widened(run, shape, config):
     ('float8_e5m2', 'float8_e4m3fn', 'bfloat16'),
   ],
 )
-def test_few_rows_of_rounded_activations(run, weights, activations, dtype):
+def test_few_rows_of_rounded_activations(weights, activations, dtype):
   args = _case(5, 200, 130, weights=weights, dtype=dtype)
   static = dict(activations=activations, preferred_element_type=jnp.float32)
   expected = reference.quantized_matmul(*args, **static)
-  assert _error(run(*args, **static), expected) < _TOLERANCE['float32']
+  assert _error(_run(*args, **static), expected) < _TOLERANCE['float32']
 
 
 @interpreted
@@ -174,35 +137,33 @@ def test_few_rows_of_rounded_activations(run, weights, activations, dtype):
   'weights,slots,across,peers',
   [('int8', 2, 1, 1), ('int8', 4, 2, 2), ('float8_e4m3fn', 3, 2, 2)],
 )
-def test_narrow(run, monkeypatch, weights, slots, across, peers):
+def test_narrow(monkeypatch, weights, slots, across, peers):
   monkeypatch.setattr(pallas_gpu, '_MANY_ROWS', 1)
   args = _case(300, 380, 270, weights=weights)
   static = dict(activations=weights, preferred_element_type=jnp.float32)
   expected = reference.quantized_matmul(*args, **static)
   config = dict(slots=slots, across=across, peers=peers)
-  actual = run(*args, **static, config=config)
+  actual = _run(*args, **static, config=config)
   # The interpreter's sums of float8 are as exact as float32.
   assert _error(actual, expected) < _TOLERANCE['float32']
 
 
 @interpreted
-def test_broken_scales_are_seen(run, monkeypatch):
-  load = hopper_matmul.load
-  monkeypatch.setattr(
-    hopper_matmul, 'load', lambda ref: jnp.ones_like(load(ref))
-  )
+def test_broken_scales_are_seen(monkeypatch):
+  load = hopper.load
+  monkeypatch.setattr(hopper, 'load', lambda *args: jnp.ones_like(load(*args)))
   args = _case(9, 256, 128, weights='int4')
   expected = reference.quantized_matmul(*args)
-  assert not _error(run(*args), expected) < _TOLERANCE['bfloat16']
+  assert not _error(_run(*args), expected) < _TOLERANCE['bfloat16']
 
 
 @interpreted
-def test_a_slot_that_is_filled_too_early_is_seen(run, monkeypatch, caplog):
+def test_a_slot_that_is_filled_too_early_is_seen(monkeypatch, caplog):
   # Readers of a slot no longer say that they are done before copies go there.
   monkeypatch.setattr(pallas_gpu_widened, '_release', plgpu.barrier_arrive)
   args = _case(9, 512, 128, weights='int4')
   config = dict(depth=128, slots=2, splits=1)
-  jax.block_until_ready(run(*args, config=config, on_race='warn'))
+  jax.block_until_ready(_run(*args, config=config, on_race='warn'))
   assert 'RACE DETECTED' in caplog.text
 
 
