@@ -11,9 +11,8 @@ and TMA writes it into the shared memory of both, which halves what crosses the
 second level of cache for that operand. A slot is then empty once it is so in
 both blocks.
 
-NVIDIA, CUTLASS, "Efficient
-GEMM", section on warp-specialised persistent kernels, is where the scheme is
-described; it was known to us, and not read for this.
+The scheme is that of the warp-specialised persistent kernels of NVIDIA's
+CUTLASS ("Efficient GEMM"), known to us and not read for this.
 """
 
 from collections.abc import Callable, Sequence

@@ -324,20 +324,9 @@ class _Worker:
   def visit(self, wg, item, index, count, acc):
     """Sum of the weighted values, greatest scores and sums of the weights."""
     plan = self.plan
-    vector = lambda x: plgpu.layout_cast(
-      jnp.full((hopper.ROWS,), x, jnp.float32), _ROWS
-    )
     q = self.q.at[wg]
     shape = plgpu.ACC((hopper.ROWS, plan.block_kv))
     slot_of = lambda tile: self.slot(item, tile, count)
-    first = slot_of(item.first)
-
-    def scores_of_first(s_ref):
-      plgpu.barrier_wait(self.k_full.at[first])
-      plgpu.barrier_wait(self.turn.at[wg])
-      plgpu.wgmma(s_ref, q, self.k.at[first].T)
-      self.pass_on(wg, item, item.first)
-      return s_ref[...]
 
     def step(tile, carry, mask):
       p, m, l = carry
@@ -363,15 +352,11 @@ class _Worker:
       acc.write(out * _along_columns(alpha, out.shape))
       return self.as_factor(wg, weights), m, l
 
-    s = pl.run_scoped(scores_of_first, shape)
-    plgpu.barrier_arrive(self.k_free.at[first])
-    s = self.masked(wg, item, item.first, self.capped(s))
-    weights, m, l, _ = self.softmax(s, vector(NO_KEYS), vector(0.0))
     masked = lambda tile, carry: step(tile, carry, True)
     whole = lambda tile, carry: step(tile, carry, False)
     begin = jnp.maximum(item.whole, item.first + 1)
     middle = jnp.maximum(item.whole_end, begin)
-    carry = self.as_factor(wg, weights), m, l
+    carry = self.visit_first(wg, item, slot_of(item.first))
     carry = lax.fori_loop(item.first + 1, begin, masked, carry)
     carry = lax.fori_loop(begin, middle, whole, carry)
     p, m, l = lax.fori_loop(middle, item.end, masked, carry)
@@ -383,6 +368,25 @@ class _Worker:
     out = acc.read()
     plgpu.barrier_arrive(self.v_free.at[last])
     return out, m, l
+
+  def visit_first(self, wg, item, slot):
+    """Weights of the first tile, their maxima and sums."""
+
+    def products(s_ref):
+      plgpu.barrier_wait(self.k_full.at[slot])
+      plgpu.barrier_wait(self.turn.at[wg])
+      plgpu.wgmma(s_ref, self.q.at[wg], self.k.at[slot].T)
+      self.pass_on(wg, item, item.first)
+      return s_ref[...]
+
+    s = pl.run_scoped(products, plgpu.ACC((hopper.ROWS, self.plan.block_kv)))
+    plgpu.barrier_arrive(self.k_free.at[slot])
+    s = self.masked(wg, item, item.first, self.capped(s))
+    all_rows = lambda x: plgpu.layout_cast(
+      jnp.full((hopper.ROWS,), x, jnp.float32), _ROWS
+    )
+    weights, m, l, _ = self.softmax(s, all_rows(NO_KEYS), all_rows(0.0))
+    return self.as_factor(wg, weights), m, l
 
   def as_factor(self, wg, weights):
     """The weights as a product takes them: in registers, or `()`."""
