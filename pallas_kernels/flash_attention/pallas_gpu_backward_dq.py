@@ -1,0 +1,216 @@
+"""The dq kernel of `pallas_gpu_backward`: a block of queries, all of its keys.
+
+Each of two warpgroups has 64 queries, with q and d_out in shared memory (q in
+registers where they suffice, which spares the shared memory's bandwidth) and dq
+in registers; a third one copies K and V to two rings. Three matmuls of a tile,
+
+  s = q k^T,  dp = d_out v^T,  dq += ds k,
+
+are issued so that the tensor cores have some while the vector units work: the
+dq of the tile before and dp during the exponentials. For that ds is carried
+from step to step: its registers are not those that s is about to be written to.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.common import hopper
+from pallas_kernels.common import varying
+from pallas_kernels.common.hopper import ROWS
+from pallas_kernels.flash_attention import pallas_gpu_backward_tiles as tiles
+from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Inputs
+from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Plan
+
+# Up to this head dim q fits in registers beside what is computed.
+_Q_IN_REGISTERS = 128
+
+
+def dq(plan: Plan, inputs: Inputs) -> jax.Array:
+  """Calls the kernel; `ranges` are of keys, for each block of queries."""
+  q = inputs.q
+  b, t, n, _ = q.shape
+  kernel = hopper.kernel(
+    functools.partial(_body, plan=plan),
+    name='flash_attention_dq',
+    out=varying.shape(q.shape, q.dtype, q),
+    grid=dict(block=t // plan.block_q, batch=b, head=n),
+    scratch=_scratch(plan, q.dtype),
+    warpgroups=tiles.WARPGROUPS,
+  )
+  return kernel(*inputs)
+
+
+def _scratch(plan, dtype):
+  wgs, h, stages, v_stages = (
+    tiles.CONSUMERS,
+    plan.head_dim,
+    plan.stages,
+    plan.v_stages,
+  )
+  return dict(
+    q_smem=hopper.tile((wgs, ROWS, h), dtype),
+    do_smem=hopper.tile((wgs, ROWS, h), dtype),
+    stats_smem=plgpu.SMEM((wgs, 2, ROWS), jnp.float32),
+    q_info_smem=plgpu.SMEM((wgs, plan.kinds, ROWS), jnp.int32),
+    k_smem=hopper.tile((stages, plan.block_kv, h), dtype),
+    v_smem=hopper.tile((v_stages, plan.block_kv, h), dtype),
+    kv_info_smem=plgpu.SMEM((v_stages, plan.kinds, plan.block_kv), jnp.int32),
+    q_ready=plgpu.Barrier(num_arrivals=4, num_barriers=wgs),
+    k_ready=plgpu.Barrier(num_barriers=stages),
+    v_ready=plgpu.Barrier(num_arrivals=2, num_barriers=v_stages),
+    k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+    v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=v_stages),
+  )
+
+
+def _body(*refs, plan, **smem):
+  inputs, dq_ref = Inputs(*refs[:-1]), refs[-1]
+  batch, head = jax.lax.axis_index('batch'), jax.lax.axis_index('head')
+  num_blocks = inputs.q.shape[1] // plan.block_q
+  # Of a causal row the last queries see most keys: they start first.
+  block = num_blocks - 1 - jax.lax.axis_index('block')
+  visits = tiles.visits(inputs, block, num_blocks, batch)
+  wg = jax.lax.axis_index('wg')
+
+  @pl.when(wg == tiles.CONSUMERS)
+  def _():
+    tiles.registers(is_copying=True)
+    _copy_keys(plan, inputs, smem, (batch, head // plan.group), visits)
+
+  @pl.when(wg != tiles.CONSUMERS)
+  def _():
+    tiles.registers(is_copying=False)
+    at = batch, pl.ds(block * plan.block_q + wg * ROWS, ROWS), head
+    _copy_queries(inputs, smem, at, wg)
+    _compute(plan, inputs, dq_ref, smem, at, wg, visits)
+
+
+def _copy_keys(plan, inputs, smem, at, visits):
+  """K and V of the visited tiles, each as soon as there is space."""
+  batch, head = at
+
+  @pl.loop(visits.first, visits.last)
+  def _(i):
+    keys = pl.ds(i * plan.block_kv, plan.block_kv)
+    step = i - visits.first
+    slot = jax.lax.rem(step, plan.stages)
+
+    @pl.when(step >= plan.stages)
+    def _():
+      plgpu.barrier_wait(smem['k_free'].at[slot])
+
+    plgpu.copy_gmem_to_smem(
+      inputs.k.at[batch, keys, head],
+      smem['k_smem'].at[slot],
+      smem['k_ready'].at[slot],
+    )
+    slot = jax.lax.rem(step, plan.v_stages)
+    ready = smem['v_ready'].at[slot]
+
+    @pl.when(step >= plan.v_stages)
+    def _():
+      plgpu.barrier_wait(smem['v_free'].at[slot])
+
+    plgpu.copy_gmem_to_smem(
+      inputs.v.at[batch, keys, head], smem['v_smem'].at[slot], ready
+    )
+    plgpu.copy_gmem_to_smem(
+      inputs.kv_info.at[tiles.row_of(inputs.kv_info, batch), :, keys],
+      smem['kv_info_smem'].at[slot],
+      ready,
+    )
+
+
+def _copy_queries(inputs, smem, at, wg):
+  batch, queries, head = at
+  ready = smem['q_ready'].at[wg]
+  for source, name in (
+    (inputs.q.at[at], 'q_smem'),
+    (inputs.d_out.at[at], 'do_smem'),
+    (inputs.stats.at[batch, head, :, queries], 'stats_smem'),
+    (
+      inputs.q_info.at[tiles.row_of(inputs.q_info, batch), :, queries],
+      'q_info_smem',
+    ),
+  ):
+    plgpu.copy_gmem_to_smem(source, smem[name].at[wg], ready)
+  plgpu.barrier_wait(ready)
+
+
+def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
+  shape = ROWS, plan.block_kv
+  window = inputs.window[0]
+  q_smem, d_out = smem['q_smem'].at[wg], smem['do_smem'].at[wg]
+  dtype = q_smem.dtype
+  q = q_smem
+  if plan.head_dim <= _Q_IN_REGISTERS:
+    q = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
+  lse, offset = (
+    tiles.along(smem['stats_smem'][wg, x], shape, 0) for x in range(2)
+  )
+
+  def step(dq_acc, i, ds_before):
+    number = i - visits.first
+    slot = jax.lax.rem(number, plan.stages)
+    v_slot = jax.lax.rem(number, plan.v_stages)
+    slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
+    k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot]
+    mask = tiles.mask_of(
+      plan,
+      window,
+      smem['q_info_smem'].at[wg],
+      smem['kv_info_smem'].at[v_slot],
+      q_axis=0,
+    )
+
+    def gradient(s_acc, dp_acc):
+      plgpu.barrier_wait(smem['k_ready'].at[slot])
+      plgpu.wgmma(s_acc, q, k.T)
+      # In the first step a zero times what is certainly there.
+      k_before = smem['k_smem'].at[jnp.where(number == 0, slot, slot_before)]
+      plgpu.wgmma(dq_acc, ds_before, k_before)
+      plgpu.barrier_wait(smem['v_ready'].at[v_slot])
+      plgpu.wgmma(dp_acc, d_out, v.T)
+      p, slope = tiles.probabilities(
+        plgpu.wgmma_accumulator_load(s_acc, wait_n=2),
+        lse,
+        plan,
+        is_whole=(i >= visits.whole) & (i < visits.end),
+        masked=mask,
+      )
+      dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+
+      @pl.when(number > 0)
+      def _():
+        plgpu.barrier_arrive(smem['k_free'].at[slot_before])
+
+      plgpu.barrier_arrive(smem['v_free'].at[v_slot])
+      ds = p * (dp - offset)
+      return (ds if slope is None else ds * slope).astype(dtype)
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    return pl.run_scoped(gradient, acc, acc)
+
+  def gradients(dq_acc):
+    ds = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
+    ds = jax.lax.fori_loop(
+      visits.first, visits.last, functools.partial(step, dq_acc), ds
+    )
+    number = jnp.maximum(visits.last - visits.first - 1, 0)
+    k = smem['k_smem'].at[jax.lax.rem(number, plan.stages)]
+    plgpu.wgmma(dq_acc, ds, k)
+    return dq_acc[...]
+
+  dq = pl.run_scoped(gradients, plgpu.ACC((ROWS, plan.head_dim), jnp.float32))
+  # Without a visit the last product was with what happened to be in memory.
+  dq = jax.lax.cond(
+    visits.first < visits.last, lambda x: x, jnp.zeros_like, dq * plan.scale
+  )
+  q_smem[...] = dq.astype(dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[at])
+  plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,185 @@
+"""Sizes of the flash_attention backward on Hopper, and the math of a tile.
+
+A *tile* is a block of queries against a block of keys. Which of them hold work
+is found before the kernels, by `forward_plan.ranges`; here is what both kernels
+do to the scores of one.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.common.hopper import LOG2_E
+from pallas_kernels.flash_attention.reference import NO_KEYS
+
+# Scores less log-sum-exp; the exponential vanishes.
+_MASKED = NO_KEYS
+# Registers of a thread of the warpgroup that copies, and of two that compute:
+# 128 * (24 + 2 * 240) are all that there are.
+COPY_REGISTERS = 24
+REGISTERS = 240
+# Warpgroups of a block, the last one copies.
+CONSUMERS = 2
+WARPGROUPS = CONSUMERS + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Sizes and options of one kernel.
+
+  Attributes:
+    head_dim: Of queries, keys and values.
+    group: Query heads of a kv head.
+    block_q: Queries of a tile.
+    block_kv: Keys of a tile.
+    stages: Tiles whose inputs are in shared memory at once.
+    v_stages: The same of those inputs that are done with sooner.
+    scale: Factor on the logits.
+    soft_cap: Of the logits, or `None`.
+    kinds: Integers of each token that masks read: its position, and its segment
+      if there are any.
+    has_window: Whether there is a window.
+  """
+
+  head_dim: int
+  group: int
+  block_q: int
+  block_kv: int
+  stages: int
+  v_stages: int
+  scale: float
+  soft_cap: float | None
+  kinds: int
+  has_window: bool
+
+
+class Inputs(NamedTuple):
+  """What a kernel reads: arrays, or in its body their references.
+
+  Attributes:
+    q: [B,T,N,H], all lengths multiples of the blocks.
+    k: [B,S,K,H].
+    v: [B,S,K,H].
+    d_out: [B,T,N,H].
+    stats: Log-sum-exp in base 2, and offset, float32 [B,N,2,T].
+    q_info: What masks read of queries, int32 [1 or B, kinds, T].
+    kv_info: The same of keys, [1 or B, kinds, S].
+    window: Int32 [1].
+    ranges: Tiles to visit, see `forward_plan.ranges`.
+  """
+
+  q: Any
+  k: Any
+  v: Any
+  d_out: Any
+  stats: Any
+  q_info: Any
+  kv_info: Any
+  window: Any
+  ranges: Any
+
+
+class Visits(NamedTuple):
+  """Tiles that a block visits, [first, last), all seen in [whole, end).
+
+  Attributes:
+    first: The first.
+    whole: The first without a mask.
+    end: After the last of those.
+    last: After the last.
+  """
+
+  first: jax.Array
+  whole: jax.Array
+  end: jax.Array
+  last: jax.Array
+
+
+def visits(inputs: Inputs, block: Any, num_blocks: int, batch: Any) -> Visits:
+  """Of a block; the table may be for all of the batch."""
+  has_one_table = inputs.ranges.shape[0] == 4 * num_blocks
+  row = block if has_one_table else batch * num_blocks + block
+  return Visits(*(inputs.ranges[4 * row + x] for x in range(4)))
+
+
+def row_of(info: Any, batch: Any) -> Any:
+  """Which row of `q_info` or `kv_info` is a sequence's."""
+  return 0 if info.shape[0] == 1 else batch
+
+
+def registers(is_copying: bool) -> None:
+  """Takes registers from the warpgroup that copies, for the others."""
+  if is_copying:
+    plgpu.set_max_registers(COPY_REGISTERS, action='decrease')
+  else:
+    plgpu.set_max_registers(REGISTERS, action='increase')
+
+
+def along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+  """A vector along the axis of a tile, the same all over the other axis."""
+  x = plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1 - axis))
+  return jax.lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def probabilities(
+  s: jax.Array,
+  lse: jax.Array,
+  plan: Plan,
+  *,
+  is_whole: jax.Array,
+  masked: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+  """p of a tile's raw products, and with a soft cap the slope of the logits.
+
+  Args:
+    s: Products of queries and keys.
+    lse: Log-sum-exp in base 2, in the shape of the tile.
+    plan: Of the kernel.
+    is_whole: Whether every query sees every key.
+    masked: Applied to the scores where that is not so.
+  """
+  slope = None
+  if plan.soft_cap is None:
+    s = s * (plan.scale * LOG2_E) - lse
+  else:
+    tanh = jnp.tanh(s * (plan.scale / plan.soft_cap))
+    slope = 1 - tanh * tanh
+    s = tanh * (plan.soft_cap * LOG2_E) - lse
+  return jnp.exp2(jax.lax.cond(is_whole, lambda s: s, masked, s)), slope
+
+
+def mask_of(
+  plan: Plan,
+  window: Any,
+  q_info: Any,
+  kv_info: Any,
+  *,
+  q_axis: int,
+) -> Callable[[jax.Array], jax.Array]:
+  """Makes scores very low where the query does not see the key.
+
+  Args:
+    plan: Of the kernel.
+    window: Keys that a query sees, read only if there is one.
+    q_info: Reference to positions of the queries, and to their segments if
+      there are any, [kinds, length].
+    kv_info: The same of the keys.
+    q_axis: Where queries are in the tile, keys are on the other axis.
+  """
+
+  def masked(s):
+    of_q = lambda x: along(x, s.shape, q_axis)
+    of_kv = lambda x: along(x, s.shape, 1 - q_axis)
+    q, kv = q_info[0], of_kv(kv_info[0])
+    mask = of_q(q) >= kv
+    if plan.has_window:
+      mask &= of_q(q - window) < kv
+    for x in range(1, plan.kinds):
+      mask &= of_q(q_info[x]) == of_kv(kv_info[x])
+    return jnp.where(mask, s, _MASKED)
+
+  return masked
