@@ -37,7 +37,7 @@ def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     name='flash_attention_dkv',
     out=(shape, shape),
     # Of a causal row the first keys are seen by most queries: they start first.
-    grid=dict(block=s // plan.block_kv, batch=b, head=kv_heads),
+    grid=dict(block=s // tiles.BLOCK, batch=b, head=kv_heads),
     scratch=_scratch(plan, k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
@@ -45,24 +45,18 @@ def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def _scratch(plan, dtype):
-  wgs, h, stages, block_q = (
-    tiles.CONSUMERS,
-    plan.head_dim,
-    plan.stages,
-    plan.block_q,
-  )
+  wgs, h, stages = tiles.CONSUMERS, plan.head_dim, plan.stages
   free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
   return dict(
     k_smem=hopper.tile((wgs, ROWS, h), dtype),
     v_smem=hopper.tile((wgs, ROWS, h), dtype),
     kv_info_smem=plgpu.SMEM((wgs, plan.kinds, ROWS), jnp.int32),
-    q_smem=hopper.tile((stages, block_q, h), dtype),
-    do_smem=hopper.tile((stages, block_q, h), dtype),
-    stats_smem=plgpu.SMEM((stages, 2, block_q), jnp.float32),
-    q_info_smem=plgpu.SMEM((stages, plan.kinds, block_q), jnp.int32),
+    q_smem=hopper.tile((stages, tiles.CHUNK, h), dtype),
+    do_smem=hopper.tile((stages, tiles.CHUNK, h), dtype),
+    q_info_smem=plgpu.SMEM((stages, plan.q_kinds, tiles.CHUNK), jnp.int32),
     kv_ready=plgpu.Barrier(num_arrivals=3, num_barriers=wgs),
     q_ready=plgpu.Barrier(num_barriers=stages),
-    do_ready=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+    do_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     q_free=free,
     do_free=free,
   )
@@ -72,7 +66,7 @@ def _body(*refs, plan, **smem):
   inputs, outs = Inputs(*refs[:-2]), refs[-2:]
   batch, head = jax.lax.axis_index('batch'), jax.lax.axis_index('head')
   block = jax.lax.axis_index('block')
-  num_blocks = inputs.k.shape[1] // plan.block_kv
+  num_blocks = inputs.k.shape[1] // tiles.BLOCK
   visits = tiles.visits(inputs, block, num_blocks, batch)
   wg = jax.lax.axis_index('wg')
 
@@ -84,7 +78,7 @@ def _body(*refs, plan, **smem):
   @pl.when(wg != tiles.CONSUMERS)
   def _():
     tiles.registers(is_copying=False)
-    at = batch, pl.ds(block * plan.block_kv + wg * ROWS, ROWS), head
+    at = batch, pl.ds(block * tiles.BLOCK + wg * ROWS, ROWS), head
     _copy_keys(inputs, smem, at, wg)
     _compute(plan, inputs, outs, smem, at, wg, visits)
 
@@ -94,7 +88,7 @@ def _copy_queries(plan, inputs, smem, at, visits):
   batch, kv_head = at
 
   def copy(step, head, i):
-    queries = pl.ds(i * plan.block_q, plan.block_q)
+    queries = pl.ds(i * tiles.CHUNK, tiles.CHUNK)
     slot = jax.lax.rem(step, plan.stages)
 
     @pl.when(step >= plan.stages)
@@ -113,11 +107,7 @@ def _copy_queries(plan, inputs, smem, at, visits):
 
     for source, name in (
       (inputs.d_out.at[batch, queries, head], 'do_smem'),
-      (inputs.stats.at[batch, head, :, queries], 'stats_smem'),
-      (
-        inputs.q_info.at[tiles.row_of(inputs.q_info, batch), :, queries],
-        'q_info_smem',
-      ),
+      (inputs.q_info.at[batch, head, :, queries], 'q_info_smem'),
     ):
       plgpu.copy_gmem_to_smem(
         source, smem[name].at[slot], smem['do_ready'].at[slot]
@@ -147,7 +137,7 @@ def _copy_keys(inputs, smem, at, wg):
 
 
 def _compute(plan, inputs, outs, smem, at, wg, visits):
-  shape = ROWS, plan.block_q
+  shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
   k, v = smem['k_smem'].at[wg], smem['v_smem'].at[wg]
   dtype = k.dtype
@@ -157,12 +147,12 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     slot = jax.lax.rem(number, plan.stages)
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
     q, d_out = smem['q_smem'].at[slot], smem['do_smem'].at[slot]
-    stats = smem['stats_smem'].at[slot]
+    q_info = smem['q_info_smem'].at[slot]
     mask = tiles.mask_of(
       plan,
       window,
-      smem['q_info_smem'].at[slot],
-      smem['kv_info_smem'].at[wg],
+      lambda x: q_info[tiles.SEGMENT if x else tiles.POSITION],
+      lambda x: smem['kv_info_smem'][wg, x],
       q_axis=1,
     )
 
@@ -182,14 +172,16 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
 
       p, slope = tiles.probabilities(
         s,
-        tiles.along(stats[0], shape, 1),
+        tiles.along(tiles.as_float(q_info[tiles.LSE]), shape, 1),
         plan,
         is_whole=(i >= visits.whole) & (i < visits.end),
         masked=mask,
       )
       plgpu.wgmma(dv_acc, p.astype(dtype), d_out)
       dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-      ds = p * (dp - tiles.along(stats[1], shape, 1))
+      ds = p * (
+        dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
+      )
       ds = (ds if slope is None else ds * slope).astype(dtype)
       plgpu.wgmma_wait(0)
       plgpu.barrier_arrive(smem['do_free'].at[slot])

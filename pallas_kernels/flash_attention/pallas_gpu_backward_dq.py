@@ -37,7 +37,7 @@ def dq(plan: Plan, inputs: Inputs) -> jax.Array:
     functools.partial(_body, plan=plan),
     name='flash_attention_dq',
     out=varying.shape(q.shape, q.dtype, q),
-    grid=dict(block=t // plan.block_q, batch=b, head=n),
+    grid=dict(block=t // tiles.BLOCK, batch=b, head=n),
     scratch=_scratch(plan, q.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
@@ -54,12 +54,14 @@ def _scratch(plan, dtype):
   return dict(
     q_smem=hopper.tile((wgs, ROWS, h), dtype),
     do_smem=hopper.tile((wgs, ROWS, h), dtype),
-    stats_smem=plgpu.SMEM((wgs, 2, ROWS), jnp.float32),
-    q_info_smem=plgpu.SMEM((wgs, plan.kinds, ROWS), jnp.int32),
-    k_smem=hopper.tile((stages, plan.block_kv, h), dtype),
-    v_smem=hopper.tile((v_stages, plan.block_kv, h), dtype),
-    kv_info_smem=plgpu.SMEM((v_stages, plan.kinds, plan.block_kv), jnp.int32),
-    q_ready=plgpu.Barrier(num_arrivals=4, num_barriers=wgs),
+    k_smem=hopper.tile((stages, tiles.CHUNK, h), dtype),
+    v_smem=hopper.tile((v_stages, tiles.CHUNK, h), dtype),
+    # In one piece, as each begins at a multiple of 1 KiB. Of the queries come
+    # first.
+    info_smem=plgpu.SMEM(
+      (wgs * _q_kinds(plan) + v_stages * plan.kinds, ROWS), jnp.int32
+    ),
+    q_ready=plgpu.Barrier(num_arrivals=3, num_barriers=wgs),
     k_ready=plgpu.Barrier(num_barriers=stages),
     v_ready=plgpu.Barrier(num_arrivals=2, num_barriers=v_stages),
     k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
@@ -67,10 +69,15 @@ def _scratch(plan, dtype):
   )
 
 
+def _q_kinds(plan):
+  """Numbers of a query in shared memory; an index is computed instead."""
+  return plan.q_kinds - (not plan.by_position)
+
+
 def _body(*refs, plan, **smem):
   inputs, dq_ref = Inputs(*refs[:-1]), refs[-1]
   batch, head = jax.lax.axis_index('batch'), jax.lax.axis_index('head')
-  num_blocks = inputs.q.shape[1] // plan.block_q
+  num_blocks = inputs.q.shape[1] // tiles.BLOCK
   # Of a causal row the last queries see most keys: they start first.
   block = num_blocks - 1 - jax.lax.axis_index('block')
   visits = tiles.visits(inputs, block, num_blocks, batch)
@@ -84,8 +91,8 @@ def _body(*refs, plan, **smem):
   @pl.when(wg != tiles.CONSUMERS)
   def _():
     tiles.registers(is_copying=False)
-    at = batch, pl.ds(block * plan.block_q + wg * ROWS, ROWS), head
-    _copy_queries(inputs, smem, at, wg)
+    at = batch, pl.ds(block * tiles.BLOCK + wg * ROWS, ROWS), head
+    _copy_queries(plan, inputs, smem, at, wg)
     _compute(plan, inputs, dq_ref, smem, at, wg, visits)
 
 
@@ -95,7 +102,7 @@ def _copy_keys(plan, inputs, smem, at, visits):
 
   @pl.loop(visits.first, visits.last)
   def _(i):
-    keys = pl.ds(i * plan.block_kv, plan.block_kv)
+    keys = pl.ds(i * tiles.CHUNK, tiles.CHUNK)
     step = i - visits.first
     slot = jax.lax.rem(step, plan.stages)
 
@@ -120,38 +127,53 @@ def _copy_keys(plan, inputs, smem, at, visits):
     )
     plgpu.copy_gmem_to_smem(
       inputs.kv_info.at[tiles.row_of(inputs.kv_info, batch), :, keys],
-      smem['kv_info_smem'].at[slot],
+      smem['info_smem'].at[
+        pl.ds(tiles.CONSUMERS * _q_kinds(plan) + slot * plan.kinds, plan.kinds)
+      ],
       ready,
     )
 
 
-def _copy_queries(inputs, smem, at, wg):
+def _copy_queries(plan, inputs, smem, at, wg):
   batch, queries, head = at
   ready = smem['q_ready'].at[wg]
-  for source, name in (
-    (inputs.q.at[at], 'q_smem'),
-    (inputs.d_out.at[at], 'do_smem'),
-    (inputs.stats.at[batch, head, :, queries], 'stats_smem'),
+  rows = _q_kinds(plan)
+  kinds = pl.ds(plan.q_kinds - rows, rows)
+  for source, target in (
+    (inputs.q.at[at], smem['q_smem'].at[wg]),
+    (inputs.d_out.at[at], smem['do_smem'].at[wg]),
     (
-      inputs.q_info.at[tiles.row_of(inputs.q_info, batch), :, queries],
-      'q_info_smem',
+      inputs.q_info.at[batch, head, kinds, queries],
+      smem['info_smem'].at[pl.ds(wg * rows, rows)],
     ),
   ):
-    plgpu.copy_gmem_to_smem(source, smem[name].at[wg], ready)
+    plgpu.copy_gmem_to_smem(source, target, ready)
   plgpu.barrier_wait(ready)
 
 
 def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
-  shape = ROWS, plan.block_kv
+  shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
   q_smem, d_out = smem['q_smem'].at[wg], smem['do_smem'].at[wg]
   dtype = q_smem.dtype
   q = q_smem
   if plan.head_dim <= _Q_IN_REGISTERS:
     q = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
+  info_smem, rows = smem['info_smem'], _q_kinds(plan)
+  q_row = lambda x: info_smem[(wg + 1) * rows - plan.q_kinds + x]
   lse, offset = (
-    tiles.along(smem['stats_smem'][wg, x], shape, 0) for x in range(2)
+    tiles.along(tiles.as_float(q_row(x)), shape, 0)
+    for x in (tiles.LSE, tiles.OFFSET)
   )
+
+  def q_info(x):
+    if x:
+      return q_row(tiles.SEGMENT)
+    if plan.by_position:
+      return q_row(tiles.POSITION)
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
+    return iota + at[1].start
 
   def step(dq_acc, i, ds_before):
     number = i - visits.first
@@ -159,12 +181,9 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     v_slot = jax.lax.rem(number, plan.v_stages)
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
     k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot]
+    kv_row = tiles.CONSUMERS * rows + v_slot * plan.kinds
     mask = tiles.mask_of(
-      plan,
-      window,
-      smem['q_info_smem'].at[wg],
-      smem['kv_info_smem'].at[v_slot],
-      q_axis=0,
+      plan, window, q_info, lambda x: info_smem[kv_row + x], q_axis=0
     )
 
     def gradient(s_acc, dp_acc):

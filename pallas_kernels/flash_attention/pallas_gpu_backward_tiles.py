@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.common.hopper import LOG2_E
+from pallas_kernels.common.hopper import ROWS
 from pallas_kernels.flash_attention.reference import NO_KEYS
 
 # Scores less log-sum-exp; the exponential vanishes.
@@ -25,6 +26,12 @@ REGISTERS = 240
 # Warpgroups of a block, the last one copies.
 CONSUMERS = 2
 WARPGROUPS = CONSUMERS + 1
+# Queries or keys of a block, those that the computing warpgroups share.
+BLOCK = CONSUMERS * ROWS
+# The others of a tile. With 128, s and dp would take all registers.
+CHUNK = 64
+# What is where in `q_info`.
+POSITION, LSE, OFFSET, SEGMENT = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,27 +41,30 @@ class Plan:
   Attributes:
     head_dim: Of queries, keys and values.
     group: Query heads of a kv head.
-    block_q: Queries of a tile.
-    block_kv: Keys of a tile.
     stages: Tiles whose inputs are in shared memory at once.
     v_stages: The same of those inputs that are done with sooner.
     scale: Factor on the logits.
     soft_cap: Of the logits, or `None`.
     kinds: Integers of each token that masks read: its position, and its segment
       if there are any.
+    by_position: Whether positions are anything but indices.
     has_window: Whether there is a window.
   """
 
   head_dim: int
   group: int
-  block_q: int
-  block_kv: int
   stages: int
   v_stages: int
   scale: float
   soft_cap: float | None
   kinds: int
+  by_position: bool
   has_window: bool
+
+  @property
+  def q_kinds(self) -> int:
+    """Numbers of a query."""
+    return 2 + self.kinds
 
 
 class Inputs(NamedTuple):
@@ -65,9 +75,9 @@ class Inputs(NamedTuple):
     k: [B,S,K,H].
     v: [B,S,K,H].
     d_out: [B,T,N,H].
-    stats: Log-sum-exp in base 2, and offset, float32 [B,N,2,T].
-    q_info: What masks read of queries, int32 [1 or B, kinds, T].
-    kv_info: The same of keys, [1 or B, kinds, S].
+    q_info: Of queries: position, bits of log-sum-exp in base 2 and of offset,
+      and segment if there are any, int32 [B, N, 2 + kinds, T].
+    kv_info: Of keys: position, and segment, int32 [1 or B, kinds, S].
     window: Int32 [1].
     ranges: Tiles to visit, see `forward_plan.ranges`.
   """
@@ -76,7 +86,6 @@ class Inputs(NamedTuple):
   k: Any
   v: Any
   d_out: Any
-  stats: Any
   q_info: Any
   kv_info: Any
   window: Any
@@ -106,9 +115,14 @@ def visits(inputs: Inputs, block: Any, num_blocks: int, batch: Any) -> Visits:
   return Visits(*(inputs.ranges[4 * row + x] for x in range(4)))
 
 
-def row_of(info: Any, batch: Any) -> Any:
-  """Which row of `q_info` or `kv_info` is a sequence's."""
-  return 0 if info.shape[0] == 1 else batch
+def row_of(kv_info: Any, batch: Any) -> Any:
+  """Which row is a sequence's."""
+  return 0 if kv_info.shape[0] == 1 else batch
+
+
+def as_float(bits: jax.Array) -> jax.Array:
+  """What log-sum-exp and offset are."""
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def registers(is_copying: bool) -> None:
@@ -155,8 +169,8 @@ def probabilities(
 def mask_of(
   plan: Plan,
   window: Any,
-  q_info: Any,
-  kv_info: Any,
+  q_info: Callable[[int], jax.Array],
+  kv_info: Callable[[int], jax.Array],
   *,
   q_axis: int,
 ) -> Callable[[jax.Array], jax.Array]:
@@ -165,8 +179,7 @@ def mask_of(
   Args:
     plan: Of the kernel.
     window: Keys that a query sees, read only if there is one.
-    q_info: Reference to positions of the queries, and to their segments if
-      there are any, [kinds, length].
+    q_info: Loads positions (0) and segments (1) of the queries.
     kv_info: The same of the keys.
     q_axis: Where queries are in the tile, keys are on the other axis.
   """
@@ -174,12 +187,12 @@ def mask_of(
   def masked(s):
     of_q = lambda x: along(x, s.shape, q_axis)
     of_kv = lambda x: along(x, s.shape, 1 - q_axis)
-    q, kv = q_info[0], of_kv(kv_info[0])
+    q, kv = q_info(0), of_kv(kv_info(0))
     mask = of_q(q) >= kv
     if plan.has_window:
       mask &= of_q(q - window) < kv
-    for x in range(1, plan.kinds):
-      mask &= of_q(q_info[x]) == of_kv(kv_info[x])
+    if plan.kinds > 1:
+      mask &= of_q(q_info(1)) == of_kv(kv_info(1))
     return jnp.where(mask, s, _MASKED)
 
   return masked
