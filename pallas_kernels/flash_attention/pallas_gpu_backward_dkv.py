@@ -139,8 +139,7 @@ def _copy_keys(inputs, smem, at, wg):
 def _compute(plan, inputs, outs, smem, at, wg, visits):
   shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
-  k, v = smem['k_smem'].at[wg], smem['v_smem'].at[wg]
-  dtype = k.dtype
+  dtype = smem['k_smem'].dtype
 
   def step(sums, number, i, ds_before):
     dk_acc, dv_acc = sums
@@ -148,6 +147,8 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
     q, d_out = smem['q_smem'].at[slot], smem['do_smem'].at[slot]
     q_info = smem['q_info_smem'].at[slot]
+    mine = wg + tiles.hidden_zero(number)
+    k, v = smem['k_smem'].at[mine], smem['v_smem'].at[mine]
     mask = tiles.mask_of(
       plan,
       window,
@@ -212,6 +213,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
   dk = jax.lax.cond(
     num_visits > 0, lambda x: x, jnp.zeros_like, dk * plan.scale
   )
+  k, v = smem['k_smem'].at[wg], smem['v_smem'].at[wg]
   k[...] = dk.astype(dtype)
   v[...] = dv.astype(dtype)
   plgpu.commit_smem()

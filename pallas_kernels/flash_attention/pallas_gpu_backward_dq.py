@@ -154,11 +154,11 @@ def _copy_queries(plan, inputs, smem, at, wg):
 def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
   shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
-  q_smem, d_out = smem['q_smem'].at[wg], smem['do_smem'].at[wg]
+  q_smem = smem['q_smem'].at[wg]
   dtype = q_smem.dtype
-  q = q_smem
+  q_regs = None
   if plan.head_dim <= _Q_IN_REGISTERS:
-    q = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
+    q_regs = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
   info_smem, rows = smem['info_smem'], _q_kinds(plan)
   q_row = lambda x: info_smem[(wg + 1) * rows - plan.q_kinds + x]
   lse, offset = (
@@ -181,6 +181,9 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     v_slot = jax.lax.rem(number, plan.v_stages)
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
     k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot]
+    mine = wg + tiles.hidden_zero(number)
+    q = smem['q_smem'].at[mine] if q_regs is None else q_regs
+    d_out = smem['do_smem'].at[mine]
     kv_row = tiles.CONSUMERS * rows + v_slot * plan.kinds
     mask = tiles.mask_of(
       plan, window, q_info, lambda x: info_smem[kv_row + x], q_axis=0

@@ -133,6 +133,16 @@ def registers(is_copying: bool) -> None:
     plgpu.set_max_registers(REGISTERS, action='increase')
 
 
+def hidden_zero(number: jax.Array) -> jax.Array:
+  """0, for the number of a step, but the compiler does not know.
+
+  Added to an index of shared memory that is the same in every step, it keeps
+  the addresses of the WGMMAs from being computed before the loop: all in
+  registers, where others would be spilled.
+  """
+  return jax.lax.shift_right_logical(number, 30)
+
+
 def along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
   """A vector along the axis of a tile, the same all over the other axis."""
   x = plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1 - axis))
