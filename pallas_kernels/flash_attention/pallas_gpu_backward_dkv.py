@@ -184,7 +184,10 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
         dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
       )
       ds = (ds if slope is None else ds * slope).astype(dtype)
-      plgpu.wgmma_wait(0)
+      # Waits as `wgmma_wait(0)`, which the interpreter ignores.
+      plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
+      # `q_info` was read by other means than what is to overwrite it.
+      plgpu.commit_smem()
       plgpu.barrier_arrive(smem['do_free'].at[slot])
       return ds
 

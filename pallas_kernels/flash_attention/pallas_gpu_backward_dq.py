@@ -189,6 +189,12 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
       plan, window, q_info, lambda x: info_smem[kv_row + x], q_axis=0
     )
 
+    def masked(s):
+      s = mask(s)
+      # Keys' numbers were read by other means than what is to overwrite them.
+      plgpu.commit_smem()
+      return s
+
     def gradient(s_acc, dp_acc):
       plgpu.barrier_wait(smem['k_ready'].at[slot])
       plgpu.wgmma(s_acc, q, k.T)
@@ -202,7 +208,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
         lse,
         plan,
         is_whole=(i >= visits.whole) & (i < visits.end),
-        masked=mask,
+        masked=masked,
       )
       dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
 
