@@ -1,4 +1,4 @@
-"""flash_attention backward for Hopper GPUs: dq in one kernel, dk, dv in another.
+"""flash_attention backward for Hopper GPUs: a kernel for dq, one for dk and dv.
 
 Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2, with the
 warp specialisation of Shah et al., "FlashAttention-3",
@@ -27,6 +27,7 @@ lengths to multiples of 128: copies of q, k, v and d_out where they are not.
 """
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -35,9 +36,12 @@ import jax.numpy as jnp
 from pallas_kernels.common import hopper
 from pallas_kernels.common import tuned
 from pallas_kernels.common.hopper import LOG2_E
+from pallas_kernels.common.hopper import ROWS
 from pallas_kernels.flash_attention import forward_plan
 from pallas_kernels.flash_attention import pallas_gpu_backward_dkv
 from pallas_kernels.flash_attention import pallas_gpu_backward_dq
+from pallas_kernels.flash_attention import pallas_gpu_backward_tiles as tiles
+from pallas_kernels.flash_attention import pallas_gpu_backward_wide
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import BLOCK
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import CHUNK
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Inputs
@@ -48,8 +52,10 @@ _HEAD_DIMS = (64, 128, 256)
 # Position of keys that only fill up the last block, and what exceeds all
 # windows; no difference of the two leaves int32.
 _NEVER = 2**30
-# Shared memory that is left to barriers and to what masks read.
-_SMALL_BYTES = 3 * 1024
+# The greatest head dim at which a warpgroup holds both dk and dv of its keys.
+_NARROW = 128
+# More would not be ahead by more than the time of a copy.
+_MOST_STAGES = 4
 
 
 def backward_features(q, k, *_, **__) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def backward_features(q, k, *_, **__) -> dict[str, Any]:
 def backward_candidates(chip_name: str, q, *args, **static) -> list[dict]:
   """Configurations worth a try."""
   del chip_name, args, static
-  most = _most_stages(_padded_head_dim(q))
+  most = _MOST_STAGES if _padded_head_dim(q) <= _NARROW else 2
   return [
     dict(dq_stages=dq_stages, dkv_stages=dkv_stages)
     for dq_stages in range(2, most + 1)
@@ -112,8 +118,9 @@ def flash_attention_backward(
       shared memory at once; reduced to what fits.
 
   Raises:
-    NotImplementedError: A head dim above 256, another dtype than bfloat16, or
-      a GPU that is not a Hopper.
+    NotImplementedError: A head dim above 256; one above 128 with positions and
+      segments, which do not fit in shared memory beside the rest; another dtype
+      than bfloat16; a GPU that is not a Hopper.
   """
   dtypes = [x.dtype.name for x in (q, k, v, d_out)]
   if set(dtypes) != {'bfloat16'}:
@@ -171,24 +178,27 @@ def _call(
   if segments is not None:
     segments = [_fill(x, 1, mode='edge') for x in segments]
   inputs = Inputs(
-    *(
-      _fill(jnp.pad(x, ((0, 0),) * 3 + ((0, padded - h),)), 1) for x in arrays
-    ),
+    *(_fill(jnp.pad(x, ((0, 0),) * 3 + ((0, padded - h),)), 1) for x in arrays),
     q_info=_q_info(positions[0], [_fill(x, 2) for x in stats], segments),
     kv_info=_kv_info(positions[1], segments),
     window=window[None],
     ranges=None,
   )
   dq = pallas_gpu_backward_dq.dq(
-    _with_stages(plan, config.get('dq_stages')),
-    inputs._replace(ranges=_ranges(positions, segments, window)),
+    _with_stages(
+      plan, pallas_gpu_backward_dq, config.get('dq_stages', _MOST_STAGES)
+    ),
+    inputs._replace(ranges=_ranges(positions, segments, window, BLOCK)),
   )
+  kernel, block = pallas_gpu_backward_dkv, BLOCK
+  if padded > _NARROW:
+    kernel, block = pallas_gpu_backward_wide, ROWS
   # A key "sees" the queries that see it if the line is turned round.
   positions = [-x for x in positions[::-1]]
   segments = None if segments is None else segments[::-1]
-  dk, dv = pallas_gpu_backward_dkv.dk_and_dv(
-    _with_stages(plan, config.get('dkv_stages')),
-    inputs._replace(ranges=_ranges(positions, segments, window)),
+  dk, dv = kernel.dk_and_dv(
+    _with_stages(plan, kernel, config.get('dkv_stages', _MOST_STAGES)),
+    inputs._replace(ranges=_ranges(positions, segments, window, block)),
   )
   return dq[:, :t, :, :h], dk[:, :s, :, :h], dv[:, :s, :, :h]
 
@@ -200,15 +210,18 @@ def _padded_head_dim(q):
   raise NotImplementedError(f'head_dim {q.shape[3]} > {_HEAD_DIMS[-1]}')
 
 
-def _most_stages(head_dim):
-  """Pairs of tiles that fit beside the two blocks."""
-  bytes_of = lambda rows: 2 * rows * head_dim * 2
-  left = hopper.current().smem_bytes - bytes_of(BLOCK) - _SMALL_BYTES
-  return min(left // bytes_of(CHUNK), 4)
-
-
-def _with_stages(plan, stages):
-  return plan
+def _with_stages(plan, kernel, most):
+  """The plan with as many stages as asked for and as fit."""
+  stages = [(n, n) for n in range(_MOST_STAGES, 1, -1)] + [(2, 1)]
+  for k_stages, v_stages in stages:
+    plan = dataclasses.replace(plan, stages=k_stages, v_stages=v_stages)
+    needed = tiles.smem_bytes(kernel.scratch(plan, jnp.bfloat16))
+    if k_stages <= max(most, 2) and needed <= hopper.current().smem_bytes:
+      return plan
+  raise NotImplementedError(
+    f'{needed} bytes of shared memory for head_dim {plan.head_dim}, '
+    f'{plan.by_position=}, {plan.kinds=}'
+  )
 
 
 def _fill(x, axis, **how):
@@ -245,11 +258,11 @@ def _kv_info(positions, segments):
   return jnp.stack(jnp.broadcast_arrays(positions, segments[1]), axis=1)
 
 
-def _ranges(positions, segments, window):
+def _ranges(positions, segments, window, block):
   return forward_plan.ranges(
     *positions,
     window,
     *((None, None) if segments is None else segments),
-    block_q=BLOCK,
+    block_q=block,
     chunk=CHUNK,
   )

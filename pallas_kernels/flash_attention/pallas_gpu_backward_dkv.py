@@ -13,11 +13,13 @@ is carried from step to step, see `pallas_gpu_backward_dq`.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.common import hopper
 from pallas_kernels.common import varying
@@ -38,13 +40,14 @@ def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     out=(shape, shape),
     # Of a causal row the first keys are seen by most queries: they start first.
     grid=dict(block=s // tiles.BLOCK, batch=b, head=kv_heads),
-    scratch=_scratch(plan, k.dtype),
+    scratch=scratch(plan, k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
   return kernel(*inputs)
 
 
-def _scratch(plan, dtype):
+def scratch(plan: Plan, dtype: DTypeLike) -> dict[str, Any]:
+  """Shared memory and barriers of a block."""
   wgs, h, stages = tiles.CONSUMERS, plan.head_dim, plan.stages
   free = plgpu.Barrier(num_arrivals=wgs, num_barriers=stages)
   return dict(
@@ -73,7 +76,7 @@ def _body(*refs, plan, **smem):
   @pl.when(wg == tiles.CONSUMERS)
   def _():
     tiles.registers(is_copying=True)
-    _copy_queries(plan, inputs, smem, (batch, head), visits)
+    copy_queries(plan, inputs, smem, (batch, head), visits)
 
   @pl.when(wg != tiles.CONSUMERS)
   def _():
@@ -83,7 +86,7 @@ def _body(*refs, plan, **smem):
     _compute(plan, inputs, outs, smem, at, wg, visits)
 
 
-def _copy_queries(plan, inputs, smem, at, visits):
+def copy_queries(plan, inputs, smem, at, visits):
   """q and d_out of the visited tiles, each as soon as there is space."""
   batch, kv_head = at
 

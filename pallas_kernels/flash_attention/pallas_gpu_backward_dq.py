@@ -12,11 +12,13 @@ from step to step: its registers are not those that s is about to be written to.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.common import hopper
 from pallas_kernels.common import varying
@@ -38,13 +40,14 @@ def dq(plan: Plan, inputs: Inputs) -> jax.Array:
     name='flash_attention_dq',
     out=varying.shape(q.shape, q.dtype, q),
     grid=dict(block=t // tiles.BLOCK, batch=b, head=n),
-    scratch=_scratch(plan, q.dtype),
+    scratch=scratch(plan, q.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
   return kernel(*inputs)
 
 
-def _scratch(plan, dtype):
+def scratch(plan: Plan, dtype: DTypeLike) -> dict[str, Any]:
+  """Shared memory and barriers of a block."""
   wgs, h, stages, v_stages = (
     tiles.CONSUMERS,
     plan.head_dim,

@@ -7,6 +7,7 @@ do to the scores of one.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,9 @@ _MASKED = NO_KEYS
 # 128 * (24 + 2 * 240) are all that there are.
 COPY_REGISTERS = 24
 REGISTERS = 240
+# Of arrays in shared memory.
+_ALIGNMENT = 1024
+_BARRIER_BYTES = 8
 # Warpgroups of a block, the last one copies.
 CONSUMERS = 2
 WARPGROUPS = CONSUMERS + 1
@@ -123,6 +127,16 @@ def row_of(kv_info: Any, batch: Any) -> Any:
 def as_float(bits: jax.Array) -> jax.Array:
   """What log-sum-exp and offset are."""
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def smem_bytes(scratch: dict[str, Any]) -> int:
+  """Shared memory that a kernel's scratch takes."""
+  barriers = [x for x in scratch.values() if isinstance(x, plgpu.Barrier)]
+  arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+  sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+  return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + sum(
+    _BARRIER_BYTES * math.prod(x.num_barriers) for x in barriers
+  )
 
 
 def registers(is_copying: bool) -> None:
