@@ -64,6 +64,8 @@ $(VENV)/.installed: $(CREATED) $(INPUTS)
 
 $(VENV)/.installed-test: $(CREATED) $(INPUTS)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[test]'
+	@$(BIN)/python -m pallas_kernels.gpu_compiler || \
+	  echo "No GPU compiler: tests that need it are skipped."
 	@touch $@ $(VENV)/.installed
 
 check-python:

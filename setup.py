@@ -48,6 +48,8 @@ setuptools.setup(
     'server': ['prometheus_client>=0.21', 'starlette>=0.46', 'uvicorn>=0.34'],
     'test': [
       'beartype>=0.21',
+      # Carries programs to the GPU compiler.
+      'flatbuffers>=24.3',
       'httpx>=0.28',
       'hypothesis>=6.130',
       'ipykernel>=6.29',

@@ -1,7 +1,8 @@
-"""Which TPU a kernel is being traced for, for its block sizes."""
+"""Which chip a kernel is being traced for, for its block sizes."""
 
 import dataclasses
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 _NAMES = {
@@ -43,3 +44,9 @@ def current() -> Tpu:
   except (KeyError, ValueError, NotImplementedError):
     name, vmem_bytes = 'v5e', _V5E_VMEM_BYTES
   return Tpu(name, int(vmem_bytes * (1 - _MARGIN)))
+
+
+def default_gpu() -> jax.Device | None:
+  """JAX's first device, if it is a GPU."""
+  device = jax.devices()[0]
+  return device if device.platform == 'gpu' else None

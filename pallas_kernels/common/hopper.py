@@ -7,15 +7,20 @@ H200). NVIDIA, "Parallel Thread Execution ISA", sections on `cp.async.bulk`,
 Only names that JAX 0.10 and 0.12 both have are used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import inspect
 import math
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from pallas_kernels.common import chip
 
 # Threads of a warpgroup: what one `thread_name` index of a kernel is.
 WARPGROUP = 128
@@ -28,6 +33,9 @@ _NAMES = {'H100': 'h100', 'H200': 'h200', 'GH200': 'h200', 'H800': 'h100'}
 _CAPABILITY = '9.0'
 # Swizzles that TMA and WGMMA know, in bytes of the minor dimension.
 _SWIZZLES = (128, 64, 32)
+
+
+_INTERPRETED = jax.make_user_context(False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +61,9 @@ def current() -> Gpu:
   Raises:
     NotImplementedError: It is not a Hopper GPU.
   """
-  if jax.default_backend() != 'gpu':
+  device = chip.default_gpu()
+  if device is None:
     return Gpu('h200')
-  device = jax.devices()[0]
   capability = getattr(device, 'compute_capability', 'unknown')
   if capability != _CAPABILITY:
     raise NotImplementedError(
@@ -65,6 +73,33 @@ def current() -> Gpu:
   words = device.device_kind.replace('-', ' ').split()
   name = next((_NAMES[w] for w in words if w in _NAMES), 'h200')
   return Gpu(name, getattr(device, 'core_count', Gpu.num_sms))
+
+
+@contextlib.contextmanager
+def interpret(**params: Any) -> Iterator[None]:
+  """A context in which the kernels run in JAX's interpreter, on any device.
+
+  Args:
+    **params: Of `plgpu.InterpretGPUParams`, such as `detect_races=True`.
+
+  Raises:
+    NotImplementedError: This JAX has none; JAX 0.12 has.
+  """
+  if not can_interpret():
+    raise NotImplementedError(f'JAX {jax.__version__} has no GPU interpreter')
+  params = plgpu.InterpretGPUParams(**params)
+  with plgpu.force_gpu_interpret_mode(params), _INTERPRETED(True):
+    yield
+
+
+def can_interpret() -> bool:
+  """Whether this JAX has an interpreter for GPU kernels."""
+  return hasattr(plgpu, 'force_gpu_interpret_mode')
+
+
+def is_interpreted() -> bool:
+  """Whether `interpret` is on; the interpreter can't store to accumulators."""
+  return _INTERPRETED.value
 
 
 def transforms(
@@ -132,3 +167,75 @@ def kernel(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
+
+
+def load(ref: Any, index: Any, layout: Any) -> jax.Array:
+  """Values of a ref, in shared or global memory, in a layout.
+
+  Args:
+    ref: Where they are.
+    index: Which: the ints and `pl.ds` of an index.
+    layout: Of `plgpu.Layout`.
+  """
+  if 'idx' in inspect.signature(plgpu.load).parameters:  # Before JAX 0.12.
+    return plgpu.load(ref, index, layout=layout, optimized=False)
+  return plgpu.load(ref.at[index], layout=layout, optimized=False)
+
+
+class Accumulator:
+  """A sum of products in a warpgroup's registers, which can be rescaled.
+
+  The interpreter lacks stores to accumulators, and factors in registers: there
+  the sum lies in shared memory.
+  """
+
+  def __init__(self, ref: Any):
+    self._ref = ref
+
+  def add(self, a: Any, b: Any) -> None:
+    """Adds the product of `a` and `b`, in the background."""
+    if not is_interpreted():
+      plgpu.wgmma(self._ref, a, b)
+      return
+
+    def product(acc):
+      plgpu.wgmma(acc, a, b)
+      return acc[...]
+
+    if isinstance(a, jax.Array):
+      new = jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    else:
+      new = pl.run_scoped(product, plgpu.ACC(self._ref.shape))
+    self._ref[...] += new
+
+  def read(self) -> jax.Array:
+    """Waits for all products, and returns the sum."""
+    return self._ref[...]
+
+  def write(self, value: jax.Array) -> None:
+    """Replaces the sum."""
+    self._ref[...] = value
+
+
+def stand_ins(warpgroups: int, shape: tuple[int, int]) -> list[Any]:
+  """Scratch for the accumulators of a block: nothing, save when interpreted."""
+  if not is_interpreted():
+    return []
+  return [plgpu.SMEM((warpgroups, *shape), jnp.float32)]
+
+
+def with_accumulator(
+  function: Callable[[Accumulator], Any], shape: tuple[int, int], *stand_in: Any
+) -> Any:
+  """Calls `function` with an accumulator of zeros.
+
+  Args:
+    function: Of one warpgroup.
+    shape: Of the sum, float32.
+    *stand_in: The warpgroup's part of what `stand_ins` is allocated as.
+  """
+  if is_interpreted():
+    [ref] = stand_in
+    ref[...] = jnp.zeros(shape, jnp.float32)
+    return function(Accumulator(ref))
+  return pl.run_scoped(lambda ref: function(Accumulator(ref)), plgpu.ACC(shape))
