@@ -40,7 +40,7 @@ def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     out=(shape, shape),
     # Of a causal row the first keys are seen by most queries: they start first.
     grid=dict(block=s // tiles.BLOCK, batch=b, head=kv_heads),
-    scratch=scratch(plan, k.dtype),
+    scratch=scratch(plan, k.dtype) | tiles.stand_ins(k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
   return kernel(*inputs)
@@ -164,7 +164,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
       plgpu.barrier_wait(smem['q_ready'].at[slot])
       # In the first step a zero times what is certainly there.
       q_before = smem['q_smem'].at[jnp.where(number == 0, slot, slot_before)]
-      plgpu.wgmma(dk_acc, ds_before, q_before)
+      tiles.multiply(dk_acc, ds_before, q_before, smem)
       plgpu.wgmma(s_acc, k, q.T)
       plgpu.barrier_wait(smem['do_ready'].at[slot])
       plgpu.wgmma(dp_acc, v, d_out.T)
@@ -181,7 +181,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
         is_whole=(i >= visits.whole) & (i < visits.end),
         masked=mask,
       )
-      plgpu.wgmma(dv_acc, p.astype(dtype), d_out)
+      tiles.multiply(dv_acc, p.astype(dtype), d_out, smem)
       dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
       ds = p * (
         dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
@@ -210,7 +210,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     ds = jax.lax.fori_loop(0, plan.group, of_head, ds)
     number = jnp.maximum(plan.group * num_visits - 1, 0)
     q = smem['q_smem'].at[jax.lax.rem(number, plan.stages)]
-    plgpu.wgmma(sums[0], ds, q)
+    tiles.multiply(sums[0], ds, q, smem)
     return sums[0][...], sums[1][...]
 
   acc = plgpu.ACC((ROWS, plan.head_dim), jnp.float32)

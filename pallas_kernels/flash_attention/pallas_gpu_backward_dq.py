@@ -40,7 +40,7 @@ def dq(plan: Plan, inputs: Inputs) -> jax.Array:
     name='flash_attention_dq',
     out=varying.shape(q.shape, q.dtype, q),
     grid=dict(block=t // tiles.BLOCK, batch=b, head=n),
-    scratch=scratch(plan, q.dtype),
+    scratch=scratch(plan, q.dtype) | tiles.stand_ins(q.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
   return kernel(*inputs)
@@ -160,7 +160,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
   q_smem = smem['q_smem'].at[wg]
   dtype = q_smem.dtype
   q_regs = None
-  if plan.head_dim <= _Q_IN_REGISTERS:
+  if plan.head_dim <= _Q_IN_REGISTERS and not hopper.is_interpreted():
     q_regs = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
   info_smem, rows = smem['info_smem'], _q_kinds(plan)
   q_row = lambda x: info_smem[(wg + 1) * rows - plan.q_kinds + x]
@@ -203,7 +203,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
       plgpu.wgmma(s_acc, q, k.T)
       # In the first step a zero times what is certainly there.
       k_before = smem['k_smem'].at[jnp.where(number == 0, slot, slot_before)]
-      plgpu.wgmma(dq_acc, ds_before, k_before)
+      tiles.multiply(dq_acc, ds_before, k_before, smem)
       plgpu.barrier_wait(smem['v_ready'].at[v_slot])
       plgpu.wgmma(dp_acc, d_out, v.T)
       p, slope = tiles.probabilities(
@@ -233,7 +233,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     )
     number = jnp.maximum(visits.last - visits.first - 1, 0)
     k = smem['k_smem'].at[jax.lax.rem(number, plan.stages)]
-    plgpu.wgmma(dq_acc, ds, k)
+    tiles.multiply(dq_acc, ds, k, smem)
     return dq_acc[...]
 
   dq = pl.run_scoped(gradients, plgpu.ACC((ROWS, plan.head_dim), jnp.float32))

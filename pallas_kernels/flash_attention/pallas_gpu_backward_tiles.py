@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from pallas_kernels.common import hopper
 from pallas_kernels.common.hopper import LOG2_E
 from pallas_kernels.common.hopper import ROWS
 from pallas_kernels.flash_attention.reference import NO_KEYS
@@ -137,6 +139,26 @@ def smem_bytes(scratch: dict[str, Any]) -> int:
   return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes) + sum(
     _BARRIER_BYTES * math.prod(x.num_barriers) for x in barriers
   )
+
+
+def stand_ins(dtype: DTypeLike) -> dict[str, Any]:
+  """Scratch of `multiply`: nothing, save when interpreted."""
+  if not hopper.is_interpreted():
+    return {}
+  return dict(factor_smem=hopper.tile((CONSUMERS, ROWS, CHUNK), dtype))
+
+
+def multiply(acc: Any, a: jax.Array, b: Any, smem: dict[str, Any]) -> None:
+  """Adds to an accumulator the product of p or ds with a tile, as WGMMA does.
+
+  The interpreter takes factors from shared memory alone.
+  """
+  if hopper.is_interpreted():
+    stand_in = smem['factor_smem'].at[jax.lax.axis_index('wg')]
+    stand_in[...] = a
+    plgpu.commit_smem()
+    a = stand_in
+  plgpu.wgmma(acc, a, b)
 
 
 def registers(is_copying: bool) -> None:

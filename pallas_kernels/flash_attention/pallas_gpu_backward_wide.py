@@ -42,7 +42,7 @@ def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     name='flash_attention_dkv_wide',
     out=(shape, shape),
     grid=dict(block=s // ROWS, batch=b, head=kv_heads),
-    scratch=scratch(plan, k.dtype),
+    scratch=scratch(plan, k.dtype) | tiles.stand_ins(k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
   return kernel(*inputs)
@@ -134,7 +134,7 @@ def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
       ),
     )
     p_bf16 = p.astype(dtype)
-    plgpu.wgmma(dv_acc, p_bf16, smem['do_smem'].at[slot])
+    tiles.multiply(dv_acc, p_bf16, smem['do_smem'].at[slot], smem)
 
     @pl.when(number >= _P_STAGES)
     def _():
@@ -183,7 +183,7 @@ def _sum_dk(plan, inputs, dk_ref, smem, at, visits):
     plgpu.barrier_arrive(smem['p_free'].at[p_slot])
     plgpu.barrier_arrive(smem['do_free'].at[slot])
     plgpu.barrier_wait(smem['q_ready'].at[slot])
-    plgpu.wgmma(dk_acc, ds, smem['q_smem'].at[slot])
+    tiles.multiply(dk_acc, ds, smem['q_smem'].at[slot], smem)
     plgpu.wgmma_accumulator_load(dk_acc, wait_n=0)
     plgpu.barrier_arrive(smem['q_free'].at[slot])
 
