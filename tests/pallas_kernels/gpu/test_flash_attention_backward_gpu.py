@@ -4,6 +4,7 @@ import functools
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -108,26 +109,18 @@ def test_one_warpgroup_for_dk_and_one_for_dv():
 
 
 @needs_interpreter
-def test_positions_at_head_dim_256():
-  _check(t=128, h=256, positions='shuffled')
+def test_positions_of_two_shards_of_a_stripe():
+  _check(t=140, h=256, positions='striped', window=130)
 
 
 @needs_interpreter
-@pytest.mark.parametrize('name', ['striped', 'among_more'])
-def test_pairs_of_positions(name):
-  s = 260 if name == 'among_more' else None
-  _check(t=150, s=s, positions=name, segments=name == 'among_more', window=130)
+def test_some_queries_among_more_keys():
+  _check(t=150, s=260, positions='among_more', segments=True, window=130)
 
 
 @needs_interpreter
-@pytest.mark.parametrize('name', ['mqa_odd', 'one_token'])
-def test_small_cases_in_bfloat16(name):
-  case = cases.SMALL[name](jax.random.key(0))
-  case['args'] = (
-    *(x.astype(jnp.bfloat16) for x in case['args'][:3]),
-    *case['args'][3:],
-  )
-  _check(case=case, races=False)
+def test_a_length_of_one():
+  _check(t=1, n=2, sinks=True, races=False)
 
 
 @needs_interpreter
@@ -168,8 +161,9 @@ def test_lowers_for_cuda(name):
   backward = functools.partial(
     pallas_gpu_backward.flash_attention_backward, **static
   )
-  traced = jax.jit(backward).trace(*_shapes(case))
-  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  with pltpu.force_tpu_interpret_mode(None):
+    traced = jax.jit(backward).trace(*_shapes(case))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert text.count('mosaic_gpu') >= 2
 
 
