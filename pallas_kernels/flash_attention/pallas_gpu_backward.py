@@ -46,6 +46,7 @@ from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import BLOCK
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import CHUNK
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Inputs
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Plan
+from pallas_kernels.flash_attention.reference import NO_KEYS
 from pallas_kernels.flash_attention.reference import pair
 
 _HEAD_DIMS = (64, 128, 256)
@@ -137,9 +138,11 @@ def flash_attention_backward(
   )
   if d_lse is not None:
     offset -= d_lse
+  # Of queries without keys every exponential is 0.
+  safe_lse = jnp.where(lse == NO_KEYS, -NO_KEYS, lse)
   dq, dk, dv = _call(
     (q, k, v, d_out),
-    (lse * LOG2_E, offset),
+    (safe_lse * LOG2_E, offset),
     (q_positions, kv_positions),
     None if segment_ids is None else pair(segment_ids),
     window,

@@ -174,7 +174,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
       def _():
         plgpu.barrier_arrive(smem['q_free'].at[slot_before])
 
-      p, slope = tiles.probabilities(
+      p, p_slope = tiles.probabilities(
         s,
         tiles.along(tiles.as_float(q_info[tiles.LSE]), shape, 1),
         plan,
@@ -186,7 +186,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
       ds = p * (
         dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
       )
-      ds = (ds if slope is None else ds * slope).astype(dtype)
+      ds = ds.astype(dtype)
       # Waits as `wgmma_wait(0)`, which the interpreter ignores.
       plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
       # `q_info` was read by other means than what is to overwrite it.

@@ -27,8 +27,8 @@ from pallas_kernels.flash_attention import pallas_gpu_backward_tiles as tiles
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Inputs
 from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Plan
 
-# Up to this head dim q fits in registers beside what is computed.
-_Q_IN_REGISTERS = 128
+# Up to this head dim q fits in registers beside all else.
+_NARROW = 128
 
 
 def dq(plan: Plan, inputs: Inputs) -> jax.Array:
@@ -160,7 +160,8 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
   q_smem = smem['q_smem'].at[wg]
   dtype = q_smem.dtype
   q_regs = None
-  if plan.head_dim <= _Q_IN_REGISTERS and not hopper.is_interpreted():
+  is_narrow = plan.head_dim <= _NARROW
+  if is_narrow and not hopper.is_interpreted():
     q_regs = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
   info_smem, rows = smem['info_smem'], _q_kinds(plan)
   q_row = lambda x: info_smem[(wg + 1) * rows - plan.q_kinds + x]
@@ -183,8 +184,9 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     slot = jax.lax.rem(number, plan.stages)
     v_slot = jax.lax.rem(number, plan.v_stages)
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
-    k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot]
-    mine = wg + tiles.hidden_zero(number)
+    zero = tiles.hidden_zero(number)
+    k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot + zero]
+    mine = wg + zero
     q = smem['q_smem'].at[mine] if q_regs is None else q_regs
     d_out = smem['do_smem'].at[mine]
     kv_row = tiles.CONSUMERS * rows + v_slot * plan.kinds
@@ -192,22 +194,29 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
       plan, window, q_info, lambda x: info_smem[kv_row + x], q_axis=0
     )
 
-    def masked(s):
-      s = mask(s)
+    def masked(s, low):
+      s = mask(s, low)
       # Keys' numbers were read by other means than what is to overwrite them.
       plgpu.commit_smem()
       return s
 
     def gradient(s_acc, dp_acc):
       plgpu.barrier_wait(smem['k_ready'].at[slot])
-      plgpu.wgmma(s_acc, q, k.T)
       # In the first step a zero times what is certainly there.
       k_before = smem['k_smem'].at[jnp.where(number == 0, slot, slot_before)]
-      tiles.multiply(dq_acc, ds_before, k_before, smem)
+      products = [
+        lambda: plgpu.wgmma(s_acc, q, k.T),
+        lambda: tiles.multiply(dq_acc, ds_before, k_before, smem),
+      ]
+      if not is_narrow:
+        # The registers of `ds_before` are needed for the exponentials.
+        products.reverse()
+      for product in products:
+        product()
       plgpu.barrier_wait(smem['v_ready'].at[v_slot])
       plgpu.wgmma(dp_acc, d_out, v.T)
-      p, slope = tiles.probabilities(
-        plgpu.wgmma_accumulator_load(s_acc, wait_n=2),
+      _, p_slope = tiles.probabilities(
+        plgpu.wgmma_accumulator_load(s_acc, wait_n=2 if is_narrow else 1),
         lse,
         plan,
         is_whole=(i >= visits.whole) & (i < visits.end),
@@ -220,8 +229,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
         plgpu.barrier_arrive(smem['k_free'].at[slot_before])
 
       plgpu.barrier_arrive(smem['v_free'].at[v_slot])
-      ds = p * (dp - offset)
-      return (ds if slope is None else ds * slope).astype(dtype)
+      return (p_slope * (dp - offset)).astype(dtype)
 
     acc = plgpu.ACC(shape, jnp.float32)
     return pl.run_scoped(gradient, acc, acc)

@@ -20,8 +20,10 @@ from pallas_kernels.common.hopper import LOG2_E
 from pallas_kernels.common.hopper import ROWS
 from pallas_kernels.flash_attention.reference import NO_KEYS
 
-# Scores less log-sum-exp; the exponential vanishes.
+# Scores less log-sum-exp, or in place of a tanh: the exponential vanishes, and
+# stays 0 times a slope that is finite.
 _MASKED = NO_KEYS
+_MASKED_TANH = -1e9
 # Registers of a thread of the warpgroup that copies, and of two that compute:
 # 128 * (24 + 2 * 240) are all that there are.
 COPY_REGISTERS = 24
@@ -191,25 +193,27 @@ def probabilities(
   plan: Plan,
   *,
   is_whole: jax.Array,
-  masked: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array | None]:
-  """p of a tile's raw products, and with a soft cap the slope of the logits.
+  masked: Callable[[jax.Array, float], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """p of a tile's raw products, and p times the slope of the soft cap.
 
   Args:
     s: Products of queries and keys.
     lse: Log-sum-exp in base 2, in the shape of the tile.
     plan: Of the kernel.
     is_whole: Whether every query sees every key.
-    masked: Applied to the scores where that is not so.
+    masked: Replaces what is not to be seen where that is not so.
   """
-  slope = None
+  mask = lambda x, low: jax.lax.cond(
+    is_whole, lambda x: x, lambda x: masked(x, low), x
+  )
   if plan.soft_cap is None:
-    s = s * (plan.scale * LOG2_E) - lse
-  else:
-    tanh = jnp.tanh(s * (plan.scale / plan.soft_cap))
-    slope = 1 - tanh * tanh
-    s = tanh * (plan.soft_cap * LOG2_E) - lse
-  return jnp.exp2(jax.lax.cond(is_whole, lambda s: s, masked, s)), slope
+    p = jnp.exp2(mask(s * (plan.scale * LOG2_E) - lse, _MASKED))
+    return p, p
+  # One array to mask, of which both follow; more would not fit in registers.
+  tanh = mask(jnp.tanh(s * (plan.scale / plan.soft_cap)), _MASKED_TANH)
+  p = jnp.exp2(tanh * (plan.soft_cap * LOG2_E) - lse)
+  return p, p * (1 - tanh * tanh)
 
 
 def mask_of(
@@ -219,8 +223,8 @@ def mask_of(
   kv_info: Callable[[int], jax.Array],
   *,
   q_axis: int,
-) -> Callable[[jax.Array], jax.Array]:
-  """Makes scores very low where the query does not see the key.
+) -> Callable[[jax.Array, float], jax.Array]:
+  """Makes values as low as told where the query does not see the key.
 
   Args:
     plan: Of the kernel.
@@ -230,7 +234,7 @@ def mask_of(
     q_axis: Where queries are in the tile, keys are on the other axis.
   """
 
-  def masked(s):
+  def masked(s, low):
     of_q = lambda x: along(x, s.shape, q_axis)
     of_kv = lambda x: along(x, s.shape, 1 - q_axis)
     q, kv = q_info(0), of_kv(kv_info(0))
@@ -239,6 +243,6 @@ def mask_of(
       mask &= of_q(q - window) < kv
     if plan.kinds > 1:
       mask &= of_q(q_info(1)) == of_kv(kv_info(1))
-    return jnp.where(mask, s, _MASKED)
+    return jnp.where(mask, s, low)
 
   return masked

@@ -120,7 +120,7 @@ def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
     s = pl.run_scoped(products, plgpu.ACC(_SHAPE, jnp.float32))
     plgpu.barrier_arrive(smem['q_free'].at[slot])
     plgpu.barrier_wait(smem['do_ready'].at[slot])
-    p, slope = tiles.probabilities(
+    p, p_slope = tiles.probabilities(
       s,
       tiles.along(tiles.as_float(q_info[tiles.LSE]), _SHAPE, 1),
       plan,
@@ -140,9 +140,7 @@ def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
     def _():
       plgpu.barrier_wait(smem['p_free'].at[p_slot])
 
-    smem['p_smem'][p_slot] = (
-      p_bf16 if slope is None else (p * slope).astype(dtype)
-    )
+    smem['p_smem'][p_slot] = p_slope.astype(dtype)
     plgpu.barrier_arrive(smem['p_ready'].at[p_slot])
     # Waits as `wgmma_wait(0)`, which the interpreter ignores.
     plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
