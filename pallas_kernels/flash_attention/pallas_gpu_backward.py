@@ -19,7 +19,8 @@ cores (at head dim 128 2,944 cycles of a tile of 64 x 128, against 2,560; the
 two kernels take 3,584 on the tensor cores and less in shared memory).
 
 Query heads of a group add to one dk and dv in registers, so K and V are not
-repeated (Ainslie et al., "GQA", https://arxiv.org/abs/2305.13245).
+repeated (Ainslie et al., "GQA", https://arxiv.org/abs/2305.13245). Where that
+would leave multiprocessors idle, a group is added up in a few parts.
 
 Cost: 14 B N T S H FLOPs, half of that if causal. HBM: each array once if L2
 holds a head's keys and queries. Head dims are filled up to 64, 128 or 256,
@@ -167,6 +168,7 @@ def _call(
   plan = Plan(
     head_dim=padded,
     group=n // k.shape[2],
+    parts=1,
     stages=2,
     v_stages=1,
     scale=scale,
@@ -196,14 +198,34 @@ def _call(
   kernel, block = pallas_gpu_backward_dkv, BLOCK
   if padded > _NARROW:
     kernel, block = pallas_gpu_backward_wide, ROWS
+  plan = _in_parts(plan, inputs.k.shape, block)
   # A key "sees" the queries that see it if the line is turned round.
   positions = [-x for x in positions[::-1]]
   segments = None if segments is None else segments[::-1]
-  dk, dv = kernel.dk_and_dv(
+  sums = kernel.dk_and_dv(
     _with_stages(plan, kernel, config.get('dkv_stages', _MOST_STAGES)),
     inputs._replace(ranges=_ranges(positions, segments, window, block)),
   )
+  dk, dv = (_add_parts(x, plan.parts) for x in sums)
   return dq[:, :t, :, :h], dk[:, :s, :, :h], dv[:, :s, :, :h]
+
+
+def _in_parts(plan, kv_shape, block):
+  """The plan, with kv heads in as many parts as keep the GPU busy."""
+  b, s, kv_heads, _ = kv_shape
+  blocks = b * (s // block) * kv_heads
+  for parts in range(1, plan.group + 1):
+    if plan.group % parts == 0 and blocks * parts >= hopper.current().num_sms:
+      break
+  return dataclasses.replace(plan, parts=parts, group=plan.group // parts)
+
+
+def _add_parts(x, parts):
+  if parts == 1:
+    return x
+  b, s, heads, h = x.shape
+  x = x.reshape(b, s, heads // parts, parts, h)
+  return x.sum(3, dtype=jnp.float32).astype(x.dtype)
 
 
 def _padded_head_dim(q):

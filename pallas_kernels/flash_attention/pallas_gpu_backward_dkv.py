@@ -30,16 +30,20 @@ from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Plan
 
 
 def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-  """Calls the kernel; `ranges` are of queries, for each block of keys."""
+  """Calls the kernel; returns [B, S, K * parts, H] each.
+
+  `ranges` are of queries, for each block of keys.
+  """
   k = inputs.k
-  b, s, kv_heads, _ = k.shape
-  shape = varying.shape(k.shape, k.dtype, k)
+  b, s, kv_heads, h = k.shape
+  heads = kv_heads * plan.parts
+  shape = varying.shape((b, s, heads, h), k.dtype, k)
   kernel = hopper.kernel(
     functools.partial(_body, plan=plan),
     name='flash_attention_dkv',
     out=(shape, shape),
     # Of a causal row the first keys are seen by most queries: they start first.
-    grid=dict(block=s // tiles.BLOCK, batch=b, head=kv_heads),
+    grid=dict(block=s // tiles.BLOCK, batch=b, head=heads),
     scratch=scratch(plan, k.dtype) | tiles.stand_ins(k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
@@ -82,15 +86,15 @@ def _body(*refs, plan, **smem):
   def _():
     tiles.registers(is_copying=False)
     at = batch, pl.ds(block * tiles.BLOCK + wg * ROWS, ROWS), head
-    _copy_keys(inputs, smem, at, wg)
+    _copy_keys(plan, inputs, smem, at, wg)
     _compute(plan, inputs, outs, smem, at, wg, visits)
 
 
 def copy_queries(plan, inputs, smem, at, visits):
   """q and d_out of the visited tiles, each as soon as there is space."""
-  batch, kv_head = at
+  batch, head = at
 
-  def copy(step, head, i):
+  def copy(step, q_head, i):
     queries = pl.ds(i * tiles.CHUNK, tiles.CHUNK)
     slot = jax.lax.rem(step, plan.stages)
 
@@ -99,7 +103,7 @@ def copy_queries(plan, inputs, smem, at, visits):
       plgpu.barrier_wait(smem['q_free'].at[slot])
 
     plgpu.copy_gmem_to_smem(
-      inputs.q.at[batch, queries, head],
+      inputs.q.at[batch, queries, q_head],
       smem['q_smem'].at[slot],
       smem['q_ready'].at[slot],
     )
@@ -109,8 +113,8 @@ def copy_queries(plan, inputs, smem, at, visits):
       plgpu.barrier_wait(smem['do_free'].at[slot])
 
     for source, name in (
-      (inputs.d_out.at[batch, queries, head], 'do_smem'),
-      (inputs.q_info.at[batch, head, :, queries], 'q_info_smem'),
+      (inputs.d_out.at[batch, queries, q_head], 'do_smem'),
+      (inputs.q_info.at[batch, q_head, :, queries], 'q_info_smem'),
     ):
       plgpu.copy_gmem_to_smem(
         source, smem[name].at[slot], smem['do_ready'].at[slot]
@@ -121,11 +125,12 @@ def copy_queries(plan, inputs, smem, at, visits):
     @pl.loop(visits.first, visits.last)
     def _(i):
       step = g * (visits.last - visits.first) + i - visits.first
-      copy(step, kv_head * plan.group + g, i)
+      copy(step, head * plan.group + g, i)
 
 
-def _copy_keys(inputs, smem, at, wg):
-  batch, keys, _ = at
+def _copy_keys(plan, inputs, smem, at, wg):
+  batch, keys, head = at
+  at = batch, keys, head // plan.parts
   ready = smem['kv_ready'].at[wg]
   for source, name in (
     (inputs.k.at[at], 'k_smem'),
@@ -143,6 +148,10 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
   shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
   dtype = smem['k_smem'].dtype
+  kv_regs = [
+    tiles.factor(smem[name].at[wg], plan, tiles.NARROWEST)
+    for name in ('k_smem', 'v_smem')
+  ]
 
   def step(sums, number, i, ds_before):
     dk_acc, dv_acc = sums
@@ -151,7 +160,10 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     q, d_out = smem['q_smem'].at[slot], smem['do_smem'].at[slot]
     q_info = smem['q_info_smem'].at[slot]
     mine = wg + tiles.hidden_zero(number)
-    k, v = smem['k_smem'].at[mine], smem['v_smem'].at[mine]
+    k, v = (
+      smem[name].at[mine] if regs is None else regs
+      for name, regs in zip(('k_smem', 'v_smem'), kv_regs, strict=True)
+    )
     mask = tiles.mask_of(
       plan,
       window,
@@ -183,7 +195,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
       )
       tiles.multiply(dv_acc, p.astype(dtype), d_out, smem)
       dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-      ds = p * (
+      ds = p_slope * (
         dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
       )
       ds = ds.astype(dtype)

@@ -159,10 +159,9 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
   window = inputs.window[0]
   q_smem = smem['q_smem'].at[wg]
   dtype = q_smem.dtype
-  q_regs = None
   is_narrow = plan.head_dim <= _NARROW
-  if is_narrow and not hopper.is_interpreted():
-    q_regs = plgpu.layout_cast(q_smem[...], plgpu.Layout.WGMMA)
+  q_regs = tiles.factor(q_smem, plan, _NARROW)
+  do_regs = tiles.factor(smem['do_smem'].at[wg], plan, tiles.NARROWEST)
   info_smem, rows = smem['info_smem'], _q_kinds(plan)
   q_row = lambda x: info_smem[(wg + 1) * rows - plan.q_kinds + x]
   lse, offset = (
@@ -188,7 +187,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     k, v = smem['k_smem'].at[slot], smem['v_smem'].at[v_slot + zero]
     mine = wg + zero
     q = smem['q_smem'].at[mine] if q_regs is None else q_regs
-    d_out = smem['do_smem'].at[mine]
+    d_out = smem['do_smem'].at[mine] if do_regs is None else do_regs
     kv_row = tiles.CONSUMERS * rows + v_slot * plan.kinds
     mask = tiles.mask_of(
       plan, window, q_info, lambda x: info_smem[kv_row + x], q_axis=0

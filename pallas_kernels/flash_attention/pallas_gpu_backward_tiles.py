@@ -38,6 +38,8 @@ WARPGROUPS = CONSUMERS + 1
 BLOCK = CONSUMERS * ROWS
 # The others of a tile. With 128, s and dp would take all registers.
 CHUNK = 64
+# Up to this head dim there are registers for all that is read in every step.
+NARROWEST = 64
 # What is where in `q_info`.
 POSITION, LSE, OFFSET, SEGMENT = range(4)
 
@@ -48,7 +50,8 @@ class Plan:
 
   Attributes:
     head_dim: Of queries, keys and values.
-    group: Query heads of a kv head.
+    group: Query heads of a kv head; in the kernel of dk and dv, of one sum.
+    parts: Sums of a kv head, of some of its query heads each.
     stages: Tiles whose inputs are in shared memory at once.
     v_stages: The same of those inputs that are done with sooner.
     scale: Factor on the logits.
@@ -61,6 +64,7 @@ class Plan:
 
   head_dim: int
   group: int
+  parts: int
   stages: int
   v_stages: int
   scale: float
@@ -161,6 +165,17 @@ def multiply(acc: Any, a: jax.Array, b: Any, smem: dict[str, Any]) -> None:
     plgpu.commit_smem()
     a = stand_in
   plgpu.wgmma(acc, a, b)
+
+
+def factor(ref: Any, plan: Plan, most: int) -> Any:
+  """What WGMMAs multiply again and again: in registers up to a head dim.
+
+  That spares shared memory, whose bandwidth is scarce. The interpreter takes
+  factors from shared memory alone.
+  """
+  if plan.head_dim > most or hopper.is_interpreted():
+    return None
+  return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA)
 
 
 def registers(is_copying: bool) -> None:

@@ -33,15 +33,19 @@ _SHAPE = ROWS, tiles.CHUNK
 
 
 def dk_and_dv(plan: Plan, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-  """Calls the kernel; `ranges` are of queries, for each 64 keys."""
+  """Calls the kernel; returns [B, S, K * parts, H] each.
+
+  `ranges` are of queries, for each 64 keys.
+  """
   k = inputs.k
-  b, s, kv_heads, _ = k.shape
-  shape = varying.shape(k.shape, k.dtype, k)
+  b, s, kv_heads, h = k.shape
+  heads = kv_heads * plan.parts
+  shape = varying.shape((b, s, heads, h), k.dtype, k)
   kernel = hopper.kernel(
     functools.partial(_body, plan=plan),
     name='flash_attention_dkv_wide',
     out=(shape, shape),
-    grid=dict(block=s // ROWS, batch=b, head=kv_heads),
+    grid=dict(block=s // ROWS, batch=b, head=heads),
     scratch=scratch(plan, k.dtype) | tiles.stand_ins(k.dtype),
     warpgroups=tiles.WARPGROUPS,
   )
@@ -96,9 +100,12 @@ def _body(*refs, plan, **smem):
 
 
 def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
-  batch, keys, _ = at
+  batch, keys, head = at
   k_ref, dtype = smem['k_smem'], smem['k_smem'].dtype
-  plgpu.copy_gmem_to_smem(inputs.k.at[at], k_ref, smem['k_ready'])
+  kv_head = head // plan.parts
+  plgpu.copy_gmem_to_smem(
+    inputs.k.at[batch, keys, kv_head], k_ref, smem['k_ready']
+  )
   plgpu.copy_gmem_to_smem(
     inputs.kv_info.at[tiles.row_of(inputs.kv_info, batch), :, keys],
     smem['kv_info_smem'],
@@ -158,7 +165,10 @@ def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
 
 def _sum_dk(plan, inputs, dk_ref, smem, at, visits):
   v_ref, dtype = smem['v_smem'], smem['v_smem'].dtype
-  plgpu.copy_gmem_to_smem(inputs.v.at[at], v_ref, smem['v_ready'])
+  batch, keys, head = at
+  plgpu.copy_gmem_to_smem(
+    inputs.v.at[batch, keys, head // plan.parts], v_ref, smem['v_ready']
+  )
   plgpu.barrier_wait(smem['v_ready'])
 
   def step(dk_acc, number, i):

@@ -14,6 +14,7 @@ from pallas_kernels.flash_attention import cases
 from pallas_kernels.flash_attention import forward_plan
 from pallas_kernels.flash_attention import pallas_gpu_backward
 from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.pallas_gpu_backward_tiles import Plan
 from tests.pallas_kernels.gpu.async_wgmma import async_wgmma
 
 needs_interpreter = pytest.mark.skipif(
@@ -79,8 +80,11 @@ def _check(*, races=True, config=None, with_d_lse=True, case=None, **kw):
 
 
 @needs_interpreter
-def test_more_tiles_than_stages():
-  _check(t=260, n=2, config=_FEW_STAGES)
+def test_more_tiles_than_stages_and_several_heads_in_a_sum(monkeypatch):
+  gpu = hopper.Gpu('h200', num_sms=6)
+  monkeypatch.setattr(hopper, 'current', lambda: gpu)
+  # Two parts of three blocks of keys, of two heads each.
+  _check(t=260, n=4, config=_FEW_STAGES)
 
 
 @needs_interpreter
@@ -217,3 +221,23 @@ def test_ranges_of_queries_for_keys():
     of_block = tiles[:, :, n]
     assert not of_block[:a].any() and not of_block[d:].any()
     assert of_block[b:c].all()
+
+
+@pytest.mark.parametrize(
+  ('heads', 'kv_heads', 'parts'), [(32, 8, 1), (8, 4, 2), (12, 1, 6), (4, 1, 4)]
+)
+def test_idle_multiprocessors_get_a_part_of_a_group(heads, kv_heads, parts):
+  plan = Plan(
+    head_dim=64,
+    group=heads // kv_heads,
+    parts=1,
+    stages=2,
+    v_stages=2,
+    scale=1.0,
+    soft_cap=None,
+    kinds=1,
+    by_position=False,
+    has_window=False,
+  )
+  found = pallas_gpu_backward._in_parts(plan, (1, 4096, kv_heads, 64), 128)
+  assert (found.parts, found.group) == (parts, heads // kv_heads // parts)
