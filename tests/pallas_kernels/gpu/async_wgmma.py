@@ -86,11 +86,17 @@ class _Products:
     thread, source_info = where[1:]
     key, access = self._access(key, transforms)
     memory = callbacks._get_shared_memory()
-    value, _, clock = memory.get_buffer_content(
+    value, _, _ = memory.get_buffer_content(
       key, access, thread, logging_info=callbacks.memory.GPULoggingInfo(*where)
     )
     if memory.detect_races:
+      # A clock of its own, that of a warp as long as none runs alone: what the
+      # warpgroup does itself is not what its WGMMAs have done.
+      with memory.lock:
+        clocks = memory.clocks[thread]
+        clocks.inc(memory.thread_to_vc_position(thread.warp(0)))
+        clock = clocks.async_smem_clock.copy()
       callbacks.get_races().check_read(
-        thread, clock.async_smem_clock, key, access, source_info=source_info
+        thread, clock, key, access, source_info=source_info
       )
     return value
