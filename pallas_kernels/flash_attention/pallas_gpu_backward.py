@@ -2,9 +2,9 @@
 
 Dao, "FlashAttention-2", https://arxiv.org/abs/2307.08691, algorithm 2, with the
 warp specialisation of Shah et al., "FlashAttention-3",
-https://arxiv.org/abs/2407.08608, section 3.1. With p the probabilities,
-recomputed from the log-sum-exp, and offset the row sums of out * d_out, less
-the gradient of the log-sum-exp,
+https://arxiv.org/abs/2407.08608, section 3.1, both from memory. With p the
+probabilities, recomputed from the log-sum-exp, and offset the row sums of
+out * d_out, less the gradient of the log-sum-exp,
 
   dv = p^T d_out,  ds = p * (d_out v^T - offset),  dk = ds^T q,  dq = ds k.
 
@@ -15,8 +15,9 @@ order of additions that differs from run to run, and nothing that JAX's
 interpreter of GPU kernels cannot run (it has neither atomics nor reducing
 copies). The one kernel would not win 7 to 5: a tile's ds and its part of dq
 pass through shared memory, whose bandwidth is then the limit before the tensor
-cores (at head dim 128 2,944 cycles of a tile of 64 x 128, against 2,560; the
-two kernels take 3,584 on the tensor cores and less in shared memory).
+cores. Of a tile of 64 x 128 at head dim 128, counting what WGMMAs read, and 128
+bytes a cycle, it takes 2,944 cycles there against 2,560 on the tensor cores;
+the two kernels take 3,072 there and 3,584 on the tensor cores.
 
 Query heads of a group add to one dk and dv in registers, so K and V are not
 repeated (Ainslie et al., "GQA", https://arxiv.org/abs/2305.13245). Where that

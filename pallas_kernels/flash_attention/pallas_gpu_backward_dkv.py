@@ -153,6 +153,12 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     for name in ('k_smem', 'v_smem')
   ]
 
+  num_visits = visits.last - visits.first
+
+  def wait_for_q(number):
+    slot = jax.lax.rem(jnp.int32(number), jnp.int32(plan.stages))
+    plgpu.barrier_wait(smem['q_ready'].at[slot])
+
   def step(sums, number, i, ds_before):
     dk_acc, dv_acc = sums
     slot = jax.lax.rem(number, plan.stages)
@@ -173,7 +179,6 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     )
 
     def gradient(s_acc, dp_acc):
-      plgpu.barrier_wait(smem['q_ready'].at[slot])
       # In the first step a zero times what is certainly there.
       q_before = smem['q_smem'].at[jnp.where(number == 0, slot, slot_before)]
       tiles.multiply(dk_acc, ds_before, q_before, smem)
@@ -198,7 +203,14 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
       ds = p_slope * (
         dp - tiles.along(tiles.as_float(q_info[tiles.OFFSET]), shape, 1)
       )
-      ds = ds.astype(dtype)
+      ds = jax.lax.optimization_barrier(ds.astype(dtype))
+
+      # Between ds and the wait for dv: without a branch there the compiler puts
+      # part of ds after that wait.
+      @pl.when(number + 1 < plan.group * num_visits)
+      def _():
+        wait_for_q(number + 1)
+
       # Waits as `wgmma_wait(0)`, which the interpreter ignores.
       plgpu.wgmma_accumulator_load(dv_acc, wait_n=0)
       # `q_info` was read by other means than what is to overwrite it.
@@ -209,9 +221,9 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     acc = plgpu.ACC(shape, jnp.float32)
     return pl.run_scoped(gradient, acc, acc)
 
-  num_visits = visits.last - visits.first
-
   def gradients(*sums):
+    pl.when(num_visits > 0)(lambda: wait_for_q(0))
+
     def of_head(g, ds):
       def of_block(i, ds):
         return step(sums, g * num_visits + i - visits.first, i, ds)

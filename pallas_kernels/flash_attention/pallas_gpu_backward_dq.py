@@ -6,9 +6,10 @@ in registers; a third one copies K and V to two rings. Three matmuls of a tile,
 
   s = q k^T,  dp = d_out v^T,  dq += ds k,
 
-are issued so that the tensor cores have some while the vector units work: the
-dq of the tile before and dp during the exponentials. For that ds is carried
-from step to step: its registers are not those that s is about to be written to.
+are issued so that the tensor cores have one while the vector units work: dp
+during the exponentials, the dq of the tile before while the loop goes round.
+For that ds is carried from step to step: its registers are not those that s is
+about to be written to.
 """
 
 import functools
@@ -159,7 +160,6 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
   window = inputs.window[0]
   q_smem = smem['q_smem'].at[wg]
   dtype = q_smem.dtype
-  is_narrow = plan.head_dim <= _NARROW
   q_regs = tiles.factor(q_smem, plan, _NARROW)
   do_regs = tiles.factor(smem['do_smem'].at[wg], plan, tiles.NARROWEST)
   info_smem, rows = smem['info_smem'], _q_kinds(plan)
@@ -177,6 +177,10 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     layout = plgpu.Layout.WGMMA.reduce(1)
     iota = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=layout)
     return iota + at[1].start
+
+  def wait_for_k(number):
+    slot = jax.lax.rem(jnp.int32(number), jnp.int32(plan.stages))
+    plgpu.barrier_wait(smem['k_ready'].at[slot])
 
   def step(dq_acc, i, ds_before):
     number = i - visits.first
@@ -200,33 +204,34 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
       return s
 
     def gradient(s_acc, dp_acc):
-      plgpu.barrier_wait(smem['k_ready'].at[slot])
       # In the first step a zero times what is certainly there.
       k_before = smem['k_smem'].at[jnp.where(number == 0, slot, slot_before)]
-      products = [
-        lambda: plgpu.wgmma(s_acc, q, k.T),
-        lambda: tiles.multiply(dq_acc, ds_before, k_before, smem),
-      ]
-      if not is_narrow:
-        # The registers of `ds_before` are needed for the exponentials.
-        products.reverse()
-      for product in products:
-        product()
+      tiles.multiply(dq_acc, ds_before, k_before, smem)
+      plgpu.wgmma(s_acc, q, k.T)
       plgpu.barrier_wait(smem['v_ready'].at[v_slot])
       plgpu.wgmma(dp_acc, d_out, v.T)
-      _, p_slope = tiles.probabilities(
-        plgpu.wgmma_accumulator_load(s_acc, wait_n=2 if is_narrow else 1),
-        lse,
-        plan,
-        is_whole=(i >= visits.whole) & (i < visits.end),
-        masked=masked,
-      )
-      dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+      s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
 
       @pl.when(number > 0)
       def _():
         plgpu.barrier_arrive(smem['k_free'].at[slot_before])
 
+      _, p_slope = tiles.probabilities(
+        s,
+        lse,
+        plan,
+        is_whole=(i >= visits.whole) & (i < visits.end),
+        masked=masked,
+      )
+      p_slope = jax.lax.optimization_barrier(p_slope)
+
+      # Between the exponentials and the wait for dp: without a branch there the
+      # compiler puts the exponentials after that wait.
+      @pl.when(i + 1 < visits.last)
+      def _():
+        wait_for_k(number + 1)
+
+      dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
       plgpu.barrier_arrive(smem['v_free'].at[v_slot])
       return (p_slope * (dp - offset)).astype(dtype)
 
@@ -234,6 +239,7 @@ def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
     return pl.run_scoped(gradient, acc, acc)
 
   def gradients(dq_acc):
+    pl.when(visits.first < visits.last)(lambda: wait_for_k(0))
     ds = plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA)
     ds = jax.lax.fori_loop(
       visits.first, visits.last, functools.partial(step, dq_acc), ds
