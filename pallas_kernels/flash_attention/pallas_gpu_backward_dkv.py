@@ -87,7 +87,7 @@ def _body(*refs, plan, **smem):
     tiles.registers(is_copying=False)
     at = batch, pl.ds(block * tiles.BLOCK + wg * ROWS, ROWS), head
     _copy_keys(plan, inputs, smem, at, wg)
-    _compute(plan, inputs, outs, smem, at, wg, visits)
+    _sums_kernel(plan, inputs, outs, smem, at, wg, visits)
 
 
 def copy_queries(plan, inputs, smem, at, visits):
@@ -144,7 +144,15 @@ def _copy_keys(plan, inputs, smem, at, wg):
   plgpu.barrier_wait(ready)
 
 
-def _compute(plan, inputs, outs, smem, at, wg, visits):
+def _factors(smem, kv_regs, at):
+  """K and V, in registers or in shared memory."""
+  return [
+    smem[name].at[at] if regs is None else regs
+    for name, regs in zip(('k_smem', 'v_smem'), kv_regs, strict=True)
+  ]
+
+
+def _sums_kernel(plan, inputs, outs, smem, at, wg, visits):
   shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
   dtype = smem['k_smem'].dtype
@@ -165,11 +173,7 @@ def _compute(plan, inputs, outs, smem, at, wg, visits):
     slot_before = jax.lax.rem(number + plan.stages - 1, plan.stages)
     q, d_out = smem['q_smem'].at[slot], smem['do_smem'].at[slot]
     q_info = smem['q_info_smem'].at[slot]
-    mine = wg + tiles.hidden_zero(number)
-    k, v = (
-      smem[name].at[mine] if regs is None else regs
-      for name, regs in zip(('k_smem', 'v_smem'), kv_regs, strict=True)
-    )
+    k, v = _factors(smem, kv_regs, wg + tiles.hidden_zero(number))
     mask = tiles.mask_of(
       plan,
       window,

@@ -97,7 +97,7 @@ def _body(*refs, plan, **smem):
     tiles.registers(is_copying=False)
     at = batch, pl.ds(block * tiles.BLOCK + wg * ROWS, ROWS), head
     _copy_queries(plan, inputs, smem, at, wg)
-    _compute(plan, inputs, dq_ref, smem, at, wg, visits)
+    _dq_kernel(plan, inputs, dq_ref, smem, at, wg, visits)
 
 
 def _copy_keys(plan, inputs, smem, at, visits):
@@ -155,7 +155,7 @@ def _copy_queries(plan, inputs, smem, at, wg):
   plgpu.barrier_wait(ready)
 
 
-def _compute(plan, inputs, dq_ref, smem, at, wg, visits):
+def _dq_kernel(plan, inputs, dq_ref, smem, at, wg, visits):
   shape = ROWS, tiles.CHUNK
   window = inputs.window[0]
   q_smem = smem['q_smem'].at[wg]

@@ -91,15 +91,15 @@ def _body(*refs, plan, **smem):
   @pl.when(wg == 0)
   def _():
     tiles.registers(is_copying=False)
-    _sum_dv(plan, inputs, outs[1], smem, at, visits)
+    _dv_kernel(plan, inputs, outs[1], smem, at, visits)
 
   @pl.when(wg == 1)
   def _():
     tiles.registers(is_copying=False)
-    _sum_dk(plan, inputs, outs[0], smem, at, visits)
+    _dk_kernel(plan, inputs, outs[0], smem, at, visits)
 
 
-def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
+def _dv_kernel(plan, inputs, dv_ref, smem, at, visits):
   batch, keys, head = at
   k_ref, dtype = smem['k_smem'], smem['k_smem'].dtype
   kv_head = head // plan.parts
@@ -163,7 +163,7 @@ def _sum_dv(plan, inputs, dv_ref, smem, at, visits):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _sum_dk(plan, inputs, dk_ref, smem, at, visits):
+def _dk_kernel(plan, inputs, dk_ref, smem, at, visits):
   v_ref, dtype = smem['v_smem'], smem['v_smem'].dtype
   batch, keys, head = at
   plgpu.copy_gmem_to_smem(
