@@ -27,7 +27,6 @@ import math
 import types
 from typing import Any
 
-import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -39,7 +38,7 @@ from pallas_kernels.ragged_paged_attention import pallas_gpu_merge as merge_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_plan as plan_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_stream as stream
 
-_LN_2 = math.log(2)
+_QUANTISED = 'int8', 'float8_e4m3fn', 'float8_e5m2'
 
 
 def features(q, k_pages, *args, **static) -> dict[str, Any]:
@@ -125,6 +124,8 @@ def ragged_paged_attention(
     k=k_pages.reshape(-1, plan.head_dim),
     v=v_pages.reshape(-1, plan.head_dim),
   )
+  if k_scales is not None:
+    inputs |= dict(k_scales=k_scales.reshape(-1), v_scales=v_scales.reshape(-1))
   out, lse = _call(plan, inputs)
   out = out.reshape(plan.num_tokens, plan.num_heads, -1)[:num_tokens]
   if not plan.return_lse:
@@ -146,8 +147,8 @@ def _check(q, k_pages, k_scales, tree_mask, kv_position, scale):
     raise NotImplementedError(f'queries of {q.dtype}, not bfloat16')
   if k_scales is None and pages != q.dtype:
     raise NotImplementedError(f'pages of {pages} for queries of {q.dtype}')
-  if k_scales is not None:
-    raise NotImplementedError(f'quantised pages of {pages}')
+  if k_scales is not None and pages.name not in _QUANTISED:
+    raise NotImplementedError(f'pages of {pages}, not of {_QUANTISED}')
   if page_size & (page_size - 1) or page_size < 8:
     raise NotImplementedError(f'{page_size=} is not a power of two from 8 on')
   if head_dim not in (64, 128, 256):
@@ -180,7 +181,7 @@ def _call(plan, inputs):
     tiles = plan.num_tiles * plan.units
     out['lse'] = varying.shape((tiles, *rows), f32, q)
   shapes = plan_lib.scratch(plan, q.dtype, k.dtype)
-  flat = ('staging', 'row_lse', 'scales')
+  flat = ('staging', 'row_lse', 'places', 'scales')
   scratch = {
     name: (plgpu.SMEM if name in flat else hopper.tile)(*shape)
     for name, shape in shapes.items()

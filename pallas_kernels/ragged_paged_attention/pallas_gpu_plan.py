@@ -14,13 +14,16 @@ from pallas_kernels.common.hopper import ROWS
 
 # Numbers of a tile in the list of work, and what they are.
 FIELDS = ('begin', 'end', 'offset', 'chunk', 'seq', 'unit', 'limit', 'start')
+# Numbers for the whole kernel.
+LAYER, WINDOW = range(2)
 # Larger ones are no different, and do not overflow when multiplied by `ROWS`.
 NO_WINDOW = 2**24
 # Barriers, and what lies between arrays.
 _BARRIER_BYTES = 4096
-_SLOT_BYTES = 16 * 1024
 # A part of fewer chunks costs more to merge than it saves.
 _LEAST_CHUNKS = 4
+# Scales of 128 bytes: where a copy to shared memory may begin.
+_SCALES = 32
 # What a prefix sum as one comparison of all pairs is good for.
 _PAIRS = 2048
 
@@ -119,6 +122,16 @@ class Plan:
     ragged = self.num_tokens // self.tile_queries + self.num_seqs + 1
     return min(self.num_tokens, ragged)
 
+  def first_token(self, begin: jax.Array, consumer: int) -> jax.Array:
+    """Of a warpgroup's rows, all of which have to exist.
+
+    Args:
+      begin: First token of the tile.
+      consumer: Of the worker.
+    """
+    first = begin + consumer * self.queries
+    return jnp.minimum(first, self.num_tokens - self.queries)
+
 
 def _power_of_two_divisor(x, most):
   """The largest power of two that divides `x` and is at most `most`."""
@@ -156,7 +169,7 @@ def plan_for(
   is_decode = num_tokens <= num_seqs * (ROWS // unit)
   columns = config.get('columns')
   if is_decode:
-    columns = columns or min(128, _SLOT_BYTES // (head_dim * itemsize))
+    columns = columns or 64
     # Pages of all heads lie side by side: the more a copy takes, the better.
     most = min(ROWS // unit, columns // min(page_size, columns))
     heads = _power_of_two_divisor(num_kv, most) if group <= ROWS else 1
@@ -188,9 +201,15 @@ def plan_for(
     blocks=config.get('blocks', gpu.num_sms),
     **static,
   )
+  rows = plan.heads * plan.part_keys
+  if plan.has_scales and rows % _SCALES:
+    raise NotImplementedError(
+      f'scales of {rows} keys side by side, not a multiple of {_SCALES}: pages '
+      f'of {page_size}, {num_tokens} queries of {num_seqs} sequences'
+    )
   left = gpu.smem_bytes - _BARRIER_BYTES
   left -= smem_bytes(plan, q.dtype, k_pages.dtype)
-  slot_bytes = streams * columns * head_dim * itemsize
+  slot_bytes = streams * columns * (head_dim * itemsize + 4 * plan.has_scales)
   slots = min(left // slot_bytes, 16, config.get('slots', 16))
   if slots < 2:
     raise NotImplementedError(f'{plan} does not fit the memory of {gpu}')
@@ -208,10 +227,11 @@ def scratch(
     queries=((wgs, ROWS, p.head_dim), q_dtype),
     staging=((wgs, ROWS, p.head_dim), q_dtype),
     row_lse=((wgs, ROWS), jnp.float32),
+    places=((wgs, p.columns), jnp.int32),
   )
   if p.has_scales:
     shapes['wide'] = (wgs, p.columns, p.head_dim), q_dtype
-    shapes['scales'] = (p.streams * p.slots, p.heads, p.chunk), jnp.float32
+    shapes['scales'] = (p.streams * p.slots, p.columns), jnp.float32
   return shapes
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import pallas_gpu_tile as tile_lib
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import FIELDS
+from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import LAYER
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of a thread of a copying and of a computing warpgroup, by warpgroups in all.
-_REGISTERS = {3: (24, 240), 4: (40, 216)}
-LAYER, WINDOW = range(2)
+_REGISTERS = {3: (56, 224), 4: (40, 216)}
 
 
 def barriers(plan: Plan) -> dict[str, plgpu.Barrier]:
@@ -29,7 +29,7 @@ def barriers(plan: Plan) -> dict[str, plgpu.Barrier]:
   p = plan
   ring = dict(num_barriers=p.streams * p.slots)
   one = dict(num_barriers=p.streams)
-  copies = p.copies + p.has_scales
+  copies = p.copies * (1 + p.has_scales)
   made = dict(
     full=plgpu.Barrier(num_arrivals=copies, **ring),
     empty=plgpu.Barrier(num_arrivals=p.consumers, **ring),
@@ -55,37 +55,31 @@ def load_run(refs: Any, worker: jax.Array) -> tuple[jax.Array, ...]:
   return refs.runs[at], refs.runs[at + 2], refs.runs[at + 1]
 
 
-def first_token(plan: Plan, begin: jax.Array, consumer: int) -> jax.Array:
-  """Of the rows of a warpgroup, all of which have to exist."""
-  first = begin + consumer * plan.queries
-  return jnp.minimum(first, plan.num_tokens - plan.queries)
-
-
 def kernel(refs: Any, plan: Plan) -> None:
   """Runs the worker that this warpgroup belongs to."""
+  p = plan
   wg = lax.axis_index('wg')
-  block = lax.axis_index('block')
-  size = 1 + plan.consumers
-  copying, computing = _REGISTERS[plan.warpgroups]
-  for stream in range(plan.streams):
-    worker = block * plan.streams + stream
+  size = 1 + p.consumers
+  stream, role = lax.div(wg, size), lax.rem(wg, size)
+  worker = lax.axis_index('block') * p.streams + stream
+  copying, computing = _REGISTERS[p.warpgroups]
+
+  @pl.when(role == 0)
+  def _():
+    plgpu.set_max_registers(copying, action='decrease')
     run = load_run(refs, worker)
+    _walk(refs, run, lambda *x: _copy(refs, p, stream, *x))
 
-    @pl.when(wg == stream * size)
-    def _(stream=stream, run=run):
-      plgpu.set_max_registers(copying, action='decrease')
-      _walk(refs, run, lambda *x: _copy(refs, plan, stream, *x))
-
-    for consumer in range(plan.consumers):
-
-      @pl.when(wg == stream * size + 1 + consumer)
-      def _(stream=stream, run=run, worker=worker, consumer=consumer):
-        plgpu.set_max_registers(computing, action='increase')
-        for slot in range(plan.slots):
-          plgpu.barrier_arrive(refs.empty.at[stream * plan.slots + slot])
-        plgpu.barrier_arrive(refs.answered.at[stream])
-        place = tile_lib.Place(worker, stream, consumer)
-        _walk(refs, run, lambda *x: tile_lib.attend(refs, plan, place, *x))
+  @pl.when(role > 0)
+  def _():
+    plgpu.set_max_registers(computing, action='increase')
+    run = load_run(refs, worker)
+    place = tile_lib.Place(worker, stream, role - 1)
+    tile_lib.begin(refs, p, place)
+    for slot in range(p.slots):
+      plgpu.barrier_arrive(refs.empty.at[stream * p.slots + slot])
+    plgpu.barrier_arrive(refs.answered.at[stream])
+    _walk(refs, run, lambda *x: tile_lib.attend(refs, p, place, *x))
 
 
 def _walk(refs, run, visit):
@@ -107,13 +101,23 @@ def _copy(refs, plan, stream, number, tile, at, stop, begin):
   del number
   p = plan
   count = stop - at
+  # Past the last page it is copied again, to have as many arrivals.
+  last = jnp.maximum(tile.limit - 1, 0) // p.part_keys
+  most = p.pages_per_seq * (p.page_size // p.part_keys) - 1
+  tile.last_part = jnp.minimum(last, most)
+  tile.row = jnp.minimum(tile.seq, p.num_seqs - 1) * p.pages_per_seq
+  tile.head = lax.div(tile.unit * p.unit, jnp.int32(p.group))
+  tile.first_page = refs.params[LAYER] * p.num_pages
   # Not before keys: these can be copied while the tile before is computed.
   ahead = jnp.minimum(count, p.slots // 2) - 1
+  pools = (refs.k, None), (refs.v, None)
+  if p.has_scales:
+    pools = (refs.k, refs.k_scales), (refs.v, refs.v_scales)
   pages = _pages(refs, p, tile, tile.chunk + at - tile.start)
 
   def step(i, pages):
     chunk = tile.chunk + at - tile.start + i
-    for half, pool in enumerate((refs.k, refs.v)):
+    for half, (pool, scales) in enumerate(pools):
       item = 2 * (at - begin + i) + half
       slot = stream * p.slots + lax.rem(item, p.slots)
       plgpu.barrier_wait(refs.empty.at[slot])
@@ -125,6 +129,12 @@ def _copy(refs, plan, stream, number, tile, at, stop, begin):
           refs.ring.at[slot, pl.ds(j * rows, rows)],
           refs.full.at[slot],
         )
+        if p.has_scales:
+          plgpu.copy_gmem_to_smem(
+            scales.at[pl.ds(part * p.part_keys, rows)],
+            refs.scales.at[slot, pl.ds(j * rows, rows)],
+            refs.full.at[slot],
+          )
     pl.when(i == ahead)(lambda: _copy_queries(refs, p, stream, tile))
     return _pages(refs, p, tile, chunk + 1)
 
@@ -137,20 +147,14 @@ def _pages(refs, plan, tile, chunk):
   Read one chunk ahead, so that nothing waits for the page table.
   """
   p = plan
-  last = jnp.maximum(tile.limit - 1, 0)
-  head = lax.div(tile.unit * p.unit, jnp.int32(p.group))
-  seq = jnp.minimum(tile.seq, p.num_seqs - 1)
-  parts = p.page_size // p.part_keys
+  shift = (p.page_size // p.part_keys).bit_length() - 1
   found = []
   for j in range(p.copies):
-    # Past the last page it is copied again, to have as many arrivals.
-    key = jnp.minimum(chunk * p.chunk + j * p.part_keys, last)
-    part = lax.div(key, jnp.int32(p.part_keys))
-    at = jnp.minimum(lax.div(part, jnp.int32(parts)), p.pages_per_seq - 1)
-    page = refs.pages[seq * p.pages_per_seq + at]
-    page = jnp.clip(page, 0, p.num_pages - 1)
-    page += refs.params[LAYER] * p.num_pages
-    found.append((page * p.num_kv + head) * parts + lax.rem(part, parts))
+    part = jnp.minimum(chunk * p.copies + j, tile.last_part)
+    page = refs.pages[tile.row + (part >> shift)]
+    page = tile.first_page + jnp.clip(page, 0, p.num_pages - 1)
+    rest = part & ((1 << shift) - 1)
+    found.append(((page * p.num_kv + tile.head) << shift) + rest)
   return tuple(found)
 
 
@@ -158,9 +162,10 @@ def _copy_queries(refs, plan, stream, tile):
   p = plan
   plgpu.barrier_wait(refs.answered.at[stream])
   for consumer in range(p.consumers):
-    first = first_token(p, tile.begin, consumer)
+    first = p.first_token(tile.begin, consumer)
 
-    @pl.loop(0, p.queries)
+    # From zero, without telling: unrolled it would take too many registers.
+    @pl.loop(jnp.minimum(tile.begin, 0), p.queries)
     def _(i, first=first, consumer=consumer):
       row = (first + i) * p.num_heads + tile.unit * p.unit
       plgpu.copy_gmem_to_smem(

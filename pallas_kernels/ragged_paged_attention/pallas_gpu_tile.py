@@ -17,14 +17,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.hopper import LOG2_E
 from pallas_kernels.common.hopper import ROWS
-from pallas_kernels.ragged_paged_attention import (
-  pallas_gpu_stream as stream_lib,
-)
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
+from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import WINDOW
 
 # Of the running maximum before any key. Finite: an infinite one, subtracted
 # from itself, is no number.
 _START = -1e30
+# Columns of values to clear at a time.
+_CLEAR = 64
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -38,8 +38,8 @@ class Place(NamedTuple):
   """
 
   worker: jax.Array
-  stream: int
-  consumer: int
+  stream: jax.Array
+  consumer: jax.Array
 
 
 def attend(
@@ -70,7 +70,7 @@ def attend(
   q = refs.queries.at[mine]
   q[...] = plgpu.layout_cast(refs.staging[mine], plgpu.Layout.WGMMA)
   plgpu.commit_smem()
-  first = stream_lib.first_token(p, tile.begin, place.consumer)
+  first = p.first_token(tile.begin, place.consumer)
 
   def step(i, carry):
     chunk = tile.chunk + at - tile.start + i
@@ -135,17 +135,13 @@ def _store(refs, plan, tile, mine, first, consumer):
   begin = tile.begin + consumer * p.queries
   end = jnp.minimum(begin + p.queries, tile.end)
 
-  @pl.loop(0, p.queries)
+  @pl.loop(begin - first, end - first)
   def _(i):
-    token = first + i
-
-    @pl.when((token >= begin) & (token < end))
-    def _():
-      row = token * p.num_heads + tile.unit * p.unit
-      plgpu.copy_smem_to_gmem(
-        refs.staging.at[mine, pl.ds(i * p.unit, p.unit)],
-        refs.out.at[pl.ds(row, p.unit)],
-      )
+    row = (first + i) * p.num_heads + tile.unit * p.unit
+    plgpu.copy_smem_to_gmem(
+      refs.staging.at[mine, pl.ds(i * p.unit, p.unit)],
+      refs.out.at[pl.ds(row, p.unit)],
+    )
 
 
 def _step(refs, plan, place, tile, first, chunk, item, carry):
@@ -156,28 +152,43 @@ def _step(refs, plan, place, tile, first, chunk, item, carry):
   shape = ROWS, p.columns
   slots = [place.stream * p.slots + lax.rem(item + x, p.slots) for x in (0, 1)]
 
+  plgpu.barrier_wait(refs.full.at[slots[0]])
+  keys = refs.ring.at[slots[0]]
+  if p.has_scales:
+    k_scale = _widen(refs, p, mine, slots[0])
+    keys = refs.wide.at[mine]
+
   def logits(acc):
-    plgpu.wgmma(acc, refs.queries.at[mine], refs.ring.at[slots[0]].T)
+    plgpu.wgmma(acc, refs.queries.at[mine], keys.T)
     return acc[...]
 
-  plgpu.barrier_wait(refs.full.at[slots[0]])
   s = pl.run_scoped(logits, plgpu.ACC(shape, jnp.float32))
-  plgpu.barrier_arrive(refs.empty.at[slots[0]])
   factor = p.scale * LOG2_E
+  if p.has_scales:
+    s *= _wide(k_scale, shape, 1)
+  else:
+    plgpu.barrier_arrive(refs.empty.at[slots[0]])
   if p.soft_cap is not None:
     # tanh, exact where it is small too, unlike the unit for it.
     s = 1 - 2 / (jnp.exp2(s * (2 * factor / p.soft_cap)) + 1)
     factor = p.soft_cap * LOG2_E
-  s = _masked(refs, p, tile, first, chunk, s)
+  s = _masked(refs, p, mine, tile, first, chunk, s)
 
   best = jnp.maximum(m, s.max(axis=1) * factor)
   fade = jnp.exp2(m - best)
   weights = jnp.exp2(s * factor - _wide(best, shape))
   l = l * fade + weights.sum(axis=1)
-  weights = weights.astype(refs.queries.dtype)
 
   plgpu.barrier_wait(refs.full.at[slots[1]])
   values = refs.ring.at[slots[1]]
+  if p.has_scales:
+    v_scale = _widen(refs, p, mine, slots[1])
+    key, _ = _keys(p, p.columns, 1, mine=refs.places.at[mine])
+    exists = key + chunk * p.chunk < tile.limit
+    v_scale = jnp.where(exists, v_scale, jnp.zeros_like(v_scale))
+    weights *= _wide(v_scale, shape, 1)
+    values = refs.wide.at[mine]
+  weights = weights.astype(refs.queries.dtype)
   _clear_stale(refs, p, place, tile, chunk, values)
 
   def product(acc):
@@ -186,35 +197,52 @@ def _step(refs, plan, place, tile, first, chunk, item, carry):
 
   acc = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
   new = pl.run_scoped(product, acc)
-  plgpu.barrier_arrive(refs.empty.at[slots[1]])
+  if not p.has_scales:
+    plgpu.barrier_arrive(refs.empty.at[slots[1]])
   return best, l, out * _wide(fade, out.shape) + new
 
 
-def _masked(refs, plan, tile, first, chunk, s):
+def _widen(refs, plan, mine, slot):
+  """Makes `wide` of a slot, frees it, and returns its scales."""
+  p = plan
+  for row in range(0, p.columns, ROWS):
+    rows = pl.ds(row, ROWS)
+    x = plgpu.layout_cast(refs.ring[slot, rows], plgpu.Layout.WGMMA)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      # Of these two steps there are instructions, and neither rounds.
+      x = x.astype(jnp.float16).astype(jnp.float32)
+    refs.wide[mine, rows] = x.astype(refs.wide.dtype)
+  scale = plgpu.layout_cast(refs.scales[slot], plgpu.Layout.WGMMA.reduce(0))
+  plgpu.commit_smem()
+  plgpu.barrier_arrive(refs.empty.at[slot])
+  return scale
+
+
+def _masked(refs, plan, mine, tile, first, chunk, s):
   """Logits, minus infinity for what a row does not see."""
   p = plan
-  # Of the first row; d tokens later are `d * unit` rows below.
+  # Of the first key from the first row's query.
   distance = chunk * p.chunk - (first + tile.offset)
 
   def mask(s):
-    key, head = _keys(p, s.shape, 1)
-    row = _iota(s.shape, 0)
-    ahead = (key + distance) * p.unit
-    seen = ahead <= row
+    # Along one axis each: few numbers, that a thread's logits share.
+    key, head = _keys(p, p.columns, 1, mine=refs.places.at[mine])
+    row = _iota(ROWS, 0)
+    query = lax.div(row, jnp.int32(p.unit))
+    ahead = _wide(key + distance, s.shape, 1)
+    seen = ahead <= _wide(query, s.shape)
     if p.has_window:
-      window = refs.params[stream_lib.WINDOW]
-      seen &= ahead + window * p.unit > row
+      seen &= ahead > _wide(query - refs.params[WINDOW], s.shape)
     if p.heads > 1:
-      own = lax.div(lax.rem(row, p.unit), p.group)
-      seen &= own == head
+      own = lax.div(row - query * p.unit, jnp.int32(p.group))
+      seen &= _wide(own, s.shape) == _wide(head, s.shape, 1)
     return jnp.where(seen, s, -jnp.inf)
 
   if p.heads > 1:
     return mask(s)
   is_whole = distance + p.chunk - 1 <= 0
   if p.has_window:
-    window = refs.params[stream_lib.WINDOW]
-    is_whole &= distance > p.queries - 1 - window
+    is_whole &= distance > p.queries - 1 - refs.params[WINDOW]
   return lax.cond(is_whole, lambda s: s, mask, s)
 
 
@@ -224,39 +252,58 @@ def _clear_stale(refs, plan, place, tile, chunk, values):
 
   @pl.when((chunk + 1) * p.chunk > tile.limit)
   def _():
-    # Each warpgroup that shares the slot has its rows of it.
-    rows = p.columns // p.consumers
-    mine = values.at[pl.ds(place.consumer * rows, rows)]
-    shape = rows, p.head_dim
-    key, _ = _keys(p, shape, 0, place.consumer * rows)
-    exists = key + chunk * p.chunk < tile.limit
-    x = plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA)
-    mine[...] = jnp.where(exists, x, jnp.zeros_like(x))
+    # Warpgroups that share the slot take turns, a few registers at a time.
+    is_shared = p.consumers > 1 and not p.has_scales
+    size = (p.consumers if is_shared else 1) * ROWS
+    for start in range(0, p.columns, size):
+      row = start + (place.consumer * ROWS if is_shared else 0)
+
+      @pl.when(row < p.columns)
+      def _(row=row):
+        for column in range(0, p.head_dim, _CLEAR):
+          part = values.at[pl.ds(row, ROWS), pl.ds(column, _CLEAR)]
+          key, _ = _keys(p, ROWS, 0, row)
+          exists = _wide(key + chunk * p.chunk, part.shape) < tile.limit
+          x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+          part[...] = jnp.where(exists, x, jnp.zeros_like(x))
+
     plgpu.commit_smem()
-    if p.consumers > 1:
+    if is_shared:
       cleared = refs.cleared.at[place.stream]
       plgpu.barrier_arrive(cleared)
       plgpu.barrier_wait(cleared)
 
 
-def _keys(plan, shape, axis, start=0):
-  """Key of its head, and head, of each place of a slot along an axis."""
+def begin(refs: Any, plan: Plan, place: Place) -> None:
+  """Writes what `_masked` reads."""
+  mine = place.stream * plan.consumers + place.consumer
+  refs.places[mine] = _iota(plan.columns, 1)
+  plgpu.commit_smem()
+
+
+def _keys(plan, size, axis, start=0, mine=None):
+  """Key of its head, and head, of each place of a slot, laid along an axis."""
   p = plan
-  place = _iota(shape, axis) + start
+  if mine is None:
+    place = _iota(size, axis) + start
+  else:
+    # From memory: a number the compiler knows takes a register all the time.
+    place = plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA.reduce(0))
   if p.heads == 1:
     return place, None
   # All sizes are powers of two.
-  part = lax.rem(place, p.part_keys)
-  head = lax.rem(lax.div(place, p.part_keys), p.heads)
-  copy = lax.div(place, p.part_keys * p.heads)
-  return copy * p.part_keys + part, head
+  shift = p.part_keys.bit_length() - 1
+  shift_heads = shift + p.heads.bit_length() - 1
+  part = place & (p.part_keys - 1)
+  head = (place >> shift) & (p.heads - 1)
+  return ((place >> shift_heads) << shift) + part, head
 
 
-def _iota(shape, axis):
-  return plgpu.broadcasted_iota(
-    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
-  )
+def _iota(size, axis):
+  layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+  return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout)
 
 
-def _wide(x, shape):
-  return lax.broadcast_in_dim(x, shape, (0,))
+def _wide(x, shape, axis=0):
+  """A vector as `shape`, of which it is one axis."""
+  return lax.broadcast_in_dim(x, shape, (axis,))
