@@ -122,7 +122,9 @@ class Plan:
     ragged = self.num_tokens // self.tile_queries + self.num_seqs + 1
     return min(self.num_tokens, ragged)
 
-  def first_token(self, begin: jax.Array, consumer: int) -> jax.Array:
+  def first_token(
+    self, begin: jax.Array, consumer: jax.Array | int
+  ) -> jax.Array:
     """Of a warpgroup's rows, all of which have to exist.
 
     Args:
@@ -177,7 +179,7 @@ def plan_for(
     # Rows of a tile with a query each, if all sequences have as many.
     average = -(-num_tokens // num_seqs)
     queries = min(ROWS // unit, average)
-    streams, consumers = 2, 1
+    streams, consumers = 1 if head_dim > 128 else 2, 1
   else:
     columns = columns or (128 if head_dim <= 128 else 64)
     heads, queries, streams, consumers = 1, ROWS // unit, 1, 2

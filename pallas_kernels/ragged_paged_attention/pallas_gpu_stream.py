@@ -21,6 +21,7 @@ from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import LAYER
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of a thread of a copying and of a computing warpgroup, by warpgroups in all.
+# Two have as many as a thread can have from the start.
 _REGISTERS = {3: (56, 224), 4: (40, 216)}
 
 
@@ -62,17 +63,19 @@ def kernel(refs: Any, plan: Plan) -> None:
   size = 1 + p.consumers
   stream, role = lax.div(wg, size), lax.rem(wg, size)
   worker = lax.axis_index('block') * p.streams + stream
-  copying, computing = _REGISTERS[p.warpgroups]
+  copying, computing = _REGISTERS.get(p.warpgroups, (0, 0))
 
   @pl.when(role == 0)
   def _():
-    plgpu.set_max_registers(copying, action='decrease')
+    if copying:
+      plgpu.set_max_registers(copying, action='decrease')
     run = load_run(refs, worker)
     _walk(refs, run, lambda *x: _copy(refs, p, stream, *x))
 
   @pl.when(role > 0)
   def _():
-    plgpu.set_max_registers(computing, action='increase')
+    if computing:
+      plgpu.set_max_registers(computing, action='increase')
     run = load_run(refs, worker)
     place = tile_lib.Place(worker, stream, role - 1)
     tile_lib.begin(refs, p, place)

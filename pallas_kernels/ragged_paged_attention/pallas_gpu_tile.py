@@ -6,8 +6,7 @@ another head are masked. The rows of a WGMMA that a decode would leave empty do
 it for nothing, and pages are copied whole.
 """
 
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -17,14 +16,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.hopper import LOG2_E
 from pallas_kernels.common.hopper import ROWS
-from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import WINDOW
+from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of the running maximum before any key. Finite: an infinite one, subtracted
 # from itself, is no number.
 _START = -1e30
-# Columns of values to clear at a time.
-_CLEAR = 64
+# Columns to move at a time: few registers, and few ways to lay them out.
+_WIDTH = 64
+# Columns of a product with values.
+_PRODUCT = 128
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -68,7 +69,10 @@ def attend(
   mine = place.stream * p.consumers + place.consumer
   plgpu.barrier_wait(refs.asked.at[place.stream])
   q = refs.queries.at[mine]
-  q[...] = plgpu.layout_cast(refs.staging[mine], plgpu.Layout.WGMMA)
+  for column in range(0, p.head_dim, _WIDTH):
+    columns = pl.ds(column, _WIDTH)
+    x = refs.staging[mine, :, columns]
+    q[:, columns] = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
   plgpu.commit_smem()
   first = p.first_token(tile.begin, place.consumer)
 
@@ -80,12 +84,14 @@ def attend(
   full = lambda value: plgpu.layout_cast(
     jnp.full(ROWS, value, jnp.float32), _OF_ROWS
   )
-  out = plgpu.layout_cast(
-    jnp.zeros((ROWS, p.head_dim), jnp.float32), plgpu.Layout.WGMMA
-  )
+  # Wide heads in parts: products, that are added to it, take registers too.
+  width = min(p.head_dim, _PRODUCT)
+  zeros = jnp.zeros((ROWS, width), jnp.float32)
+  out = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (p.head_dim // width)
   init = full(_START), full(0.0), out
   m, l, out = lax.fori_loop(0, stop - at, step, init)
-  out *= _wide(1 / jnp.where(l == 0, 1.0, l), out.shape)
+  inverse = 1 / jnp.where(l == 0, 1.0, l)
+  out = [x * _wide(inverse, x.shape) for x in out]
   # In base 2.
   lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(l) * LOG2_E)
 
@@ -93,7 +99,9 @@ def attend(
 
   @pl.when(is_whole)
   def _():
-    refs.staging[mine] = out.astype(refs.staging.dtype)
+    for i, x in enumerate(out):
+      columns = pl.ds(i * width, width)
+      refs.staging[mine, :, columns] = x.astype(refs.staging.dtype)
     if p.return_lse:
       refs.row_lse[mine] = lse
     plgpu.commit_smem()
@@ -110,11 +118,12 @@ def attend(
     part = 2 * place.worker + (at > begin)
     refs.row_lse[mine] = lse
     # Halves of float32 numbers, for which there is room.
-    rest = out
     for half in range(2):
-      value = rest.astype(refs.staging.dtype)
-      rest -= value.astype(jnp.float32)
-      refs.staging[mine] = value
+      for i, x in enumerate(out):
+        value = x.astype(refs.staging.dtype)
+        if half:
+          value = (x - value.astype(jnp.float32)).astype(value.dtype)
+        refs.staging[mine, :, pl.ds(i * width, width)] = value
       plgpu.commit_smem()
       row = ((part * p.consumers + place.consumer) * 2 + half) * ROWS
       plgpu.copy_smem_to_gmem(
@@ -191,15 +200,19 @@ def _step(refs, plan, place, tile, first, chunk, item, carry):
   weights = weights.astype(refs.queries.dtype)
   _clear_stale(refs, p, place, tile, chunk, values)
 
-  def product(acc):
-    plgpu.wgmma(acc, weights, values)
-    return acc[...]
+  new = []
+  for i, x in enumerate(out):
+    columns = values.at[:, pl.ds(i * x.shape[1], x.shape[1])]
 
-  acc = plgpu.ACC((ROWS, p.head_dim), jnp.float32)
-  new = pl.run_scoped(product, acc)
+    def product(acc, columns=columns):
+      plgpu.wgmma(acc, weights, columns)
+      return acc[...]
+
+    y = pl.run_scoped(product, plgpu.ACC(x.shape, jnp.float32))
+    new.append(x * _wide(fade, x.shape) + y)
   if not p.has_scales:
     plgpu.barrier_arrive(refs.empty.at[slots[1]])
-  return best, l, out * _wide(fade, out.shape) + new
+  return best, l, tuple(new)
 
 
 def _widen(refs, plan, mine, slot):
@@ -260,8 +273,8 @@ def _clear_stale(refs, plan, place, tile, chunk, values):
 
       @pl.when(row < p.columns)
       def _(row=row):
-        for column in range(0, p.head_dim, _CLEAR):
-          part = values.at[pl.ds(row, ROWS), pl.ds(column, _CLEAR)]
+        for column in range(0, p.head_dim, _WIDTH):
+          part = values.at[pl.ds(row, ROWS), pl.ds(column, _WIDTH)]
           key, _ = _keys(p, ROWS, 0, row)
           exists = _wide(key + chunk * p.chunk, part.shape) < tile.limit
           x = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
