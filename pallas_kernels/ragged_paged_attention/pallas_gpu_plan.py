@@ -20,6 +20,9 @@ LAYER, WINDOW = range(2)
 NO_WINDOW = 2**24
 # Barriers, and what lies between arrays.
 _BARRIER_BYTES = 4096
+# Products of wide heads are in parts: they take registers, and what they are
+# added to as well.
+_WIDTH = 128
 # A part of fewer chunks costs more to merge than it saves.
 _LEAST_CHUNKS = 4
 # Scales of 128 bytes: where a copy to shared memory may begin.
@@ -80,6 +83,16 @@ class Plan:
   has_window: bool = False
   has_scales: bool = False
   return_lse: bool = False
+
+  @property
+  def width(self) -> int:
+    """Columns of results that are computed, and copied, together."""
+    return min(self.head_dim, _WIDTH)
+
+  @property
+  def parts(self) -> int:
+    """Of the columns of a result."""
+    return self.head_dim // self.width
 
   @property
   def units(self) -> int:
@@ -227,7 +240,7 @@ def scratch(
   shapes = dict(
     ring=((p.streams * p.slots, p.columns, p.head_dim), page_dtype),
     queries=((wgs, ROWS, p.head_dim), q_dtype),
-    staging=((wgs, ROWS, p.head_dim), q_dtype),
+    staging=((wgs * p.parts, ROWS, p.width), q_dtype),
     row_lse=((wgs, ROWS), jnp.float32),
     places=((wgs, p.columns), jnp.int32),
   )

@@ -34,7 +34,7 @@ def barriers(plan: Plan) -> dict[str, plgpu.Barrier]:
   made = dict(
     full=plgpu.Barrier(num_arrivals=copies, **ring),
     empty=plgpu.Barrier(num_arrivals=p.consumers, **ring),
-    asked=plgpu.Barrier(num_arrivals=p.tile_queries, **one),
+    asked=plgpu.Barrier(num_arrivals=p.tile_queries * p.parts, **one),
     answered=plgpu.Barrier(num_arrivals=p.consumers, **one),
   )
   if p.consumers > 1:
@@ -171,10 +171,11 @@ def _copy_queries(refs, plan, stream, tile):
     @pl.loop(jnp.minimum(tile.begin, 0), p.queries)
     def _(i, first=first, consumer=consumer):
       row = (first + i) * p.num_heads + tile.unit * p.unit
-      plgpu.copy_gmem_to_smem(
-        refs.q.at[pl.ds(row, p.unit)],
-        refs.staging.at[
-          stream * p.consumers + consumer, pl.ds(i * p.unit, p.unit)
-        ],
-        refs.asked.at[stream],
-      )
+      mine = stream * p.consumers + consumer
+      for part in range(p.parts):
+        columns = pl.ds(part * p.width, p.width)
+        plgpu.copy_gmem_to_smem(
+          refs.q.at[pl.ds(row, p.unit), columns],
+          refs.staging.at[mine * p.parts + part, pl.ds(i * p.unit, p.unit)],
+          refs.asked.at[stream],
+        )

@@ -24,8 +24,6 @@ from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 _START = -1e30
 # Columns to move at a time: few registers, and few ways to lay them out.
 _WIDTH = 64
-# Columns of a product with values.
-_PRODUCT = 128
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -69,10 +67,11 @@ def attend(
   mine = place.stream * p.consumers + place.consumer
   plgpu.barrier_wait(refs.asked.at[place.stream])
   q = refs.queries.at[mine]
-  for column in range(0, p.head_dim, _WIDTH):
-    columns = pl.ds(column, _WIDTH)
-    x = refs.staging[mine, :, columns]
-    q[:, columns] = plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+  for part in range(p.parts):
+    x = plgpu.layout_cast(
+      refs.staging[mine * p.parts + part], plgpu.Layout.WGMMA
+    )
+    q[:, pl.ds(part * p.width, p.width)] = x
   plgpu.commit_smem()
   first = p.first_token(tile.begin, place.consumer)
 
@@ -84,10 +83,8 @@ def attend(
   full = lambda value: plgpu.layout_cast(
     jnp.full(ROWS, value, jnp.float32), _OF_ROWS
   )
-  # Wide heads in parts: products, that are added to it, take registers too.
-  width = min(p.head_dim, _PRODUCT)
-  zeros = jnp.zeros((ROWS, width), jnp.float32)
-  out = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * (p.head_dim // width)
+  zeros = jnp.zeros((ROWS, p.width), jnp.float32)
+  out = (plgpu.layout_cast(zeros, plgpu.Layout.WGMMA),) * p.parts
   init = full(_START), full(0.0), out
   m, l, out = lax.fori_loop(0, stop - at, step, init)
   inverse = 1 / jnp.where(l == 0, 1.0, l)
@@ -100,8 +97,7 @@ def attend(
   @pl.when(is_whole)
   def _():
     for i, x in enumerate(out):
-      columns = pl.ds(i * width, width)
-      refs.staging[mine, :, columns] = x.astype(refs.staging.dtype)
+      refs.staging[mine * p.parts + i] = x.astype(refs.staging.dtype)
     if p.return_lse:
       refs.row_lse[mine] = lse
     plgpu.commit_smem()
@@ -123,12 +119,14 @@ def attend(
         value = x.astype(refs.staging.dtype)
         if half:
           value = (x - value.astype(jnp.float32)).astype(value.dtype)
-        refs.staging[mine, :, pl.ds(i * width, width)] = value
+        refs.staging[mine * p.parts + i] = value
       plgpu.commit_smem()
       row = ((part * p.consumers + place.consumer) * 2 + half) * ROWS
-      plgpu.copy_smem_to_gmem(
-        refs.staging.at[mine], refs.part_out.at[pl.ds(row, ROWS)]
-      )
+      for i in range(p.parts):
+        plgpu.copy_smem_to_gmem(
+          refs.staging.at[mine * p.parts + i],
+          refs.part_out.at[pl.ds(row, ROWS), pl.ds(i * p.width, p.width)],
+        )
       plgpu.wait_smem_to_gmem(0)
     plgpu.copy_smem_to_gmem(
       refs.row_lse.at[mine], refs.part_lse.at[part, place.consumer]
@@ -147,10 +145,11 @@ def _store(refs, plan, tile, mine, first, consumer):
   @pl.loop(begin - first, end - first)
   def _(i):
     row = (first + i) * p.num_heads + tile.unit * p.unit
-    plgpu.copy_smem_to_gmem(
-      refs.staging.at[mine, pl.ds(i * p.unit, p.unit)],
-      refs.out.at[pl.ds(row, p.unit)],
-    )
+    for part in range(p.parts):
+      plgpu.copy_smem_to_gmem(
+        refs.staging.at[mine * p.parts + part, pl.ds(i * p.unit, p.unit)],
+        refs.out.at[pl.ds(row, p.unit), pl.ds(part * p.width, p.width)],
+      )
 
 
 def _step(refs, plan, place, tile, first, chunk, item, carry):
