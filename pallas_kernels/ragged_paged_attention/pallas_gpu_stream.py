@@ -22,7 +22,7 @@ from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of a thread of a copying and of a computing warpgroup, by warpgroups in all.
 # Two have as many as a thread can have from the start.
-_REGISTERS = {3: (56, 224), 4: (40, 216)}
+_REGISTERS = {3: (56, 224), 4: (32, 224)}
 
 
 def barriers(plan: Plan) -> dict[str, plgpu.Barrier]:

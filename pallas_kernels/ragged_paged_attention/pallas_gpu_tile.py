@@ -191,7 +191,7 @@ def _step(refs, plan, place, tile, first, chunk, item, carry):
   values = refs.ring.at[slots[1]]
   if p.has_scales:
     v_scale = _widen(refs, p, mine, slots[1])
-    key, _ = _keys(p, p.columns, 1, mine=refs.places.at[mine])
+    key, _ = _keys_of_columns(refs, p, mine)
     exists = key + chunk * p.chunk < tile.limit
     v_scale = jnp.where(exists, v_scale, jnp.zeros_like(v_scale))
     weights *= _wide(v_scale, shape, 1)
@@ -219,7 +219,7 @@ def _widen(refs, plan, mine, slot):
   p = plan
   for row in range(0, p.columns, ROWS):
     rows = pl.ds(row, ROWS)
-    x = plgpu.layout_cast(refs.ring[slot, rows], plgpu.Layout.WGMMA)
+    x = plgpu.layout_cast(refs.ring[slot, rows], plgpu.Layout.WGMMA_UPCAST_2X)
     if jnp.issubdtype(x.dtype, jnp.floating):
       # Of these two steps there are instructions, and neither rounds.
       x = x.astype(jnp.float16).astype(jnp.float32)
@@ -238,7 +238,7 @@ def _masked(refs, plan, mine, tile, first, chunk, s):
 
   def mask(s):
     # Along one axis each: few numbers, that a thread's logits share.
-    key, head = _keys(p, p.columns, 1, mine=refs.places.at[mine])
+    key, head = _keys_of_columns(refs, p, mine)
     row = _iota(ROWS, 0)
     query = lax.div(row, jnp.int32(p.unit))
     ahead = _wide(key + distance, s.shape, 1)
@@ -293,14 +293,21 @@ def begin(refs: Any, plan: Plan, place: Place) -> None:
   plgpu.commit_smem()
 
 
-def _keys(plan, size, axis, start=0, mine=None):
+def _keys_of_columns(refs, plan, mine):
+  """`_keys` of a slot."""
+  if plan.heads > 1:
+    # Known when it is compiled, they spare half of the exponentials: a thread
+    # has rows of some heads and no others.
+    return _keys(plan, plan.columns, 1)
+  # From memory: what the compiler knows takes registers all the time.
+  layout = plgpu.Layout.WGMMA.reduce(0)
+  return plgpu.layout_cast(refs.places[mine], layout), None
+
+
+def _keys(plan, size, axis, start=0):
   """Key of its head, and head, of each place of a slot, laid along an axis."""
   p = plan
-  if mine is None:
-    place = _iota(size, axis) + start
-  else:
-    # From memory: a number the compiler knows takes a register all the time.
-    place = plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA.reduce(0))
+  place = _iota(size, axis) + start
   if p.heads == 1:
     return place, None
   # All sizes are powers of two.

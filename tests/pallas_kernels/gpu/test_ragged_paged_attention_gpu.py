@@ -251,9 +251,8 @@ def test_work_is_every_chunk_once_in_equal_parts(seed, window):
   )
   plan = plan_lib.plan_for(hopper.Gpu('h200'), dict(blocks=7), *arrays)
   starts = np.concatenate([[0], np.cumsum(queries)])
-  work, runs = plan_lib.work(
-    plan, jnp.array(starts), jnp.array(lengths), window
-  )
+  limit = None if window is None else jnp.int32(window)
+  work, runs = plan_lib.work(plan, jnp.array(starts), jnp.array(lengths), limit)
   tiles = np.array(work).reshape(-1, len(plan_lib.FIELDS))
   runs = np.array(runs).reshape(-1, 2)
   found = []
