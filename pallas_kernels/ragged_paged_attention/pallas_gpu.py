@@ -23,6 +23,7 @@ merged rows in their places.
 """
 
 from collections.abc import Mapping
+import functools
 import math
 import types
 from typing import Any
@@ -37,6 +38,7 @@ from pallas_kernels.common.hopper import ROWS
 from pallas_kernels.ragged_paged_attention import pallas_gpu_merge as merge_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_plan as plan_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_stream as stream
+from pallas_kernels.ragged_paged_attention import pallas_tpu_partial
 
 _QUANTISED = 'int8', 'float8_e4m3fn', 'float8_e5m2'
 
@@ -90,7 +92,44 @@ def ragged_paged_attention(
   `config` may set 'columns', the keys of a slot, 'slots', the most of a ring,
   and 'blocks', of the grid.
   """
-  _check(q, k_pages, k_scales, tree_mask, kv_position, scale)
+  _check(q, k_pages, k_scales, tree_mask, scale)
+  pools, rows = (k_pages, v_pages, layer), (query_start, kv_len, page_table)
+  run = functools.partial(
+    _all_pages,
+    k_scales=k_scales,
+    v_scales=v_scales,
+    scale=scale,
+    soft_cap=soft_cap,
+    return_lse=return_lse,
+    config=config,
+  )
+  if kv_position is None:
+    return run(q, *pools, *rows, window, sinks)
+  # Nothing there is of a TPU: it makes of each query a sequence of its own.
+  return pallas_tpu_partial.attend(
+    run, q, *pools, (*rows, window), kv_position, sinks
+  )
+
+
+def _all_pages(
+  q,
+  k_pages,
+  v_pages,
+  layer,
+  query_start,
+  kv_len,
+  page_table,
+  window,
+  sinks,
+  *,
+  k_scales,
+  v_scales,
+  scale,
+  soft_cap,
+  return_lse,
+  config,
+):
+  """All pages of the sequences, or all that count; a window of each, or one."""
   gpu = hopper.current()
   op = 'ragged_paged_attention'
   if config is None:
@@ -114,11 +153,10 @@ def ragged_paged_attention(
   if window is not None:
     window = jnp.minimum(window, plan_lib.NO_WINDOW).astype(jnp.int32)
   work, runs = plan_lib.work(plan, query_start, kv_len, window)
-  params = [layer, plan_lib.NO_WINDOW if window is None else window]
   inputs = dict(
     work=work,
     runs=runs,
-    params=jnp.stack([jnp.asarray(x, jnp.int32) for x in params]),
+    layer=jnp.asarray(layer, jnp.int32).reshape(1),
     pages=page_table.astype(jnp.int32).reshape(-1),
     q=q.reshape(-1, plan.head_dim),
     k=k_pages.reshape(-1, plan.head_dim),
@@ -141,7 +179,7 @@ def ragged_paged_attention(
   return (out, lse) if return_lse else out
 
 
-def _check(q, k_pages, k_scales, tree_mask, kv_position, scale):
+def _check(q, k_pages, k_scales, tree_mask, scale):
   pages, (page_size, head_dim) = k_pages.dtype, k_pages.shape[3:]
   if q.dtype != jnp.bfloat16:
     raise NotImplementedError(f'queries of {q.dtype}, not bfloat16')
@@ -157,8 +195,6 @@ def _check(q, k_pages, k_scales, tree_mask, kv_position, scale):
     raise NotImplementedError(f'{k_pages.shape=} has too many keys to count')
   if tree_mask is not None:
     raise NotImplementedError('a tree of drafted tokens')
-  if kv_position is not None:
-    raise NotImplementedError('pages with positions')
   if scale <= 0:
     raise NotImplementedError(f'{scale=} is not positive')
 

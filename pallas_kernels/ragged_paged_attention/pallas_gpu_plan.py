@@ -13,9 +13,10 @@ from pallas_kernels.common import hopper
 from pallas_kernels.common.hopper import ROWS
 
 # Numbers of a tile in the list of work, and what they are.
-FIELDS = ('begin', 'end', 'offset', 'chunk', 'seq', 'unit', 'limit', 'start')
-# Numbers for the whole kernel.
-LAYER, WINDOW = range(2)
+FIELDS = (
+  *('begin', 'end', 'offset', 'chunk', 'seq', 'unit', 'limit', 'window'),
+  'start',
+)
 # Larger ones are no different, and do not overflow when multiplied by `ROWS`.
 NO_WINDOW = 2**24
 # Barriers, and what lies between arrays.
@@ -274,8 +275,9 @@ def work(
   Returns:
     int32 numbers `FIELDS` of each tile, one tile after the other, and once more
     `start` for the end: first and last token; what to add to a token for its
-    position; first chunk; sequence; unit; cached tokens; how many chunks come
-    before. And the tile that each worker begins with, and their end.
+    position; first chunk; sequence; unit; cached tokens; window; how many
+    chunks come before. And the tile that each worker begins with, and their
+    end.
   """
   p = plan
   ends = jnp.array([p.num_tokens], jnp.int32)
@@ -289,8 +291,11 @@ def work(
   offset = lengths[seq] - starts[seq + 1]
   last = (end - 1 + offset) // p.chunk + 1
   first = jnp.zeros_like(last)
+  limit = jnp.full_like(begin, NO_WINDOW)
   if window is not None:
-    first = jnp.maximum(begin + offset - window + 1, 0) // p.chunk
+    window_S = jnp.broadcast_to(window, kv_len.shape).astype(jnp.int32)
+    limit = jnp.append(window_S, NO_WINDOW)[seq]
+    first = jnp.maximum(begin + offset - limit + 1, 0) // p.chunk
   count = jnp.where(tile < of_seq[-1], jnp.maximum(last - first, 1), 0)
   before = offsets(count) * p.units
 
@@ -299,7 +304,10 @@ def work(
   alike = (begin, end, offset, first, seq)
   columns = [jnp.broadcast_to(x[:, None], start.shape) for x in alike]
   columns += [jnp.broadcast_to(unit, start.shape)]
-  columns += [jnp.broadcast_to(lengths[seq][:, None], start.shape), start]
+  columns += [
+    jnp.broadcast_to(x[:, None], start.shape) for x in (lengths[seq], limit)
+  ]
+  columns.append(start)
   fields = jnp.stack(columns, axis=-1).reshape(-1, len(FIELDS))
   sentinel = jnp.zeros((1, len(FIELDS)), jnp.int32).at[0, -1].set(before[-1])
   fields = jnp.concatenate([fields, sentinel])

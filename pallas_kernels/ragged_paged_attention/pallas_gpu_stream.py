@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.ragged_paged_attention import pallas_gpu_tile as tile_lib
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import FIELDS
-from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import LAYER
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of a thread of a copying and of a computing warpgroup, by warpgroups in all.
@@ -110,7 +109,7 @@ def _copy(refs, plan, stream, number, tile, at, stop, begin):
   tile.last_part = jnp.minimum(last, most)
   tile.row = jnp.minimum(tile.seq, p.num_seqs - 1) * p.pages_per_seq
   tile.head = lax.div(tile.unit * p.unit, jnp.int32(p.group))
-  tile.first_page = refs.params[LAYER] * p.num_pages
+  tile.first_page = refs.layer[0] * p.num_pages
   # Not before keys: these can be copied while the tile before is computed.
   ahead = jnp.minimum(count, p.slots // 2) - 1
   pools = (refs.k, None), (refs.v, None)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.hopper import LOG2_E
 from pallas_kernels.common.hopper import ROWS
-from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import WINDOW
 from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 
 # Of the running maximum before any key. Finite: an infinite one, subtracted
@@ -244,7 +243,7 @@ def _masked(refs, plan, mine, tile, first, chunk, s):
     ahead = _wide(key + distance, s.shape, 1)
     seen = ahead <= _wide(query, s.shape)
     if p.has_window:
-      seen &= ahead > _wide(query - refs.params[WINDOW], s.shape)
+      seen &= ahead > _wide(query - tile.window, s.shape)
     if p.heads > 1:
       own = lax.div(row - query * p.unit, jnp.int32(p.group))
       seen &= _wide(own, s.shape) == _wide(head, s.shape, 1)
@@ -254,7 +253,7 @@ def _masked(refs, plan, mine, tile, first, chunk, s):
     return mask(s)
   is_whole = distance + p.chunk - 1 <= 0
   if p.has_window:
-    is_whole &= distance > p.queries - 1 - refs.params[WINDOW]
+    is_whole &= distance > p.queries - 1 - tile.window
   return lax.cond(is_whole, lambda s: s, mask, s)
 
 
