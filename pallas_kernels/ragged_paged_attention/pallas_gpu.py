@@ -9,17 +9,24 @@ sequence, its parts are merged by a second kernel as in Dao et al.,
 https://pytorch.org/blog/flash-decoding/. Both from memory, without the text.
 
 A step with few queries per sequence has two workers in a block, each with its
-ring, and a tile with the heads of several kv heads; one of prefill chunks has
-two warpgroups of 64 rows each that share the keys of one kv head.
+ring, and a tile with the heads of several kv heads, so that a copy is 64 keys
+side by side whatever the page size; one of prefill chunks has two warpgroups of
+64 rows each that share the keys of one kv head. Quantised pages become bfloat16
+on their way through registers, and scales join logits and weights.
 
 Deviations: how a sequence is cut depends on the others in the step, so its sum
-may be rounded differently.
+may be rounded differently. Of pages with positions only decodes are taken, as
+on TPUs; float32, trees and int4 are declined, and scales of fewer than 32 keys
+side by side (pages of 16 in prefill chunks).
 
 *Cost*: HBM: K and V once per tile, in whole pages, of which a tile's last one
 is copied as often as to fill its last chunk; q and the output once; parts, at
-most two of 64 rows per warpgroup, written and read once in float32. Launches:
-the kernel, the merge, and the few small ones of XLA that list the work and put
-merged rows in their places.
+most two of 64 rows per warpgroup, written and read once. FLOPs: 4 N H per query
+and key in whole chunks; of a decode, 64 rows per tile whatever it has.
+Launches: the kernel, the merge, and nine small ones of XLA that list the work
+and put merged rows in their places; without a window of its own a layer shares
+the list with the others of its scan. Sinks, log-sum-exps: one pass over the
+output.
 """
 
 from collections.abc import Mapping
@@ -133,9 +140,7 @@ def _all_pages(
   gpu = hopper.current()
   op = 'ragged_paged_attention'
   if config is None:
-    config = tuned.lookup(
-      op, gpu.name, features(q, k_pages), function='pallas_gpu'
-    )
+    config = tuned.lookup(op, gpu.name, features(q, k_pages))
   plan = plan_lib.plan_for(
     gpu,
     config,

@@ -16,6 +16,7 @@ from pallas_kernels.common import hopper
 from pallas_kernels.ragged_paged_attention import cases
 from pallas_kernels.ragged_paged_attention import pallas_gpu
 from pallas_kernels.ragged_paged_attention import pallas_gpu_plan as plan_lib
+from pallas_kernels.ragged_paged_attention import pallas_gpu_stream
 from pallas_kernels.ragged_paged_attention import pallas_gpu_tile
 from pallas_kernels.ragged_paged_attention import reference
 
@@ -195,6 +196,23 @@ def test_fails_without_a_mask(monkeypatch):
   case = _case(query_lens=(1, 1), kv_lens=(37, 20), pages_per_seq=3)
   monkeypatch.setattr(pallas_gpu_tile, '_masked', lambda *args: args[-1])
   assert max(_errors(case, _run(case, dict(blocks=1)))) > 10 * _TOLERANCE
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_fails_if_copies_do_not_wait(monkeypatch):
+  """With more chunks than slots, one is overwritten while it is read."""
+  case = _case(query_lens=(1,), kv_lens=(300,), pages_per_seq=20)
+
+  class Hasty:
+    barrier_wait = staticmethod(lambda *_: None)
+
+    def __getattr__(self, name):
+      return getattr(plgpu, name)
+
+  monkeypatch.setattr(pallas_gpu_stream, 'plgpu', Hasty())
+  with pytest.raises(Exception, match='RACE DETECTED'):
+    _run(case, dict(blocks=1, slots=2), races=True)
 
 
 _MODELS = {
