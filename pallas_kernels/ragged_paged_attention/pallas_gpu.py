@@ -174,14 +174,16 @@ def _all_pages(
   if not plan.return_lse:
     return out
   lse = lse.reshape(plan.num_tokens, plan.num_heads)[:num_tokens]
-  is_row = jnp.arange(num_tokens) < query_start[-1]
-  lse = jnp.where(is_row[:, None], lse, 0)
+  is_row = jnp.arange(num_tokens)[:, None] < query_start[-1]
   if sinks is not None:
-    # They join the denominator only, whatever the keys.
-    total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
-    out = (out * jnp.exp(lse - total)[..., None]).astype(out.dtype)
-    lse = jnp.where(is_row[:, None], total, 0)
-  return (out, lse) if return_lse else out
+    out, lse = _with_sinks(out, jnp.where(is_row, lse, 0), sinks)
+  return (out, jnp.where(is_row, lse, 0)) if return_lse else out
+
+
+def _with_sinks(out, lse, sinks):
+  """They join the denominator only, whatever the keys."""
+  total = jnp.logaddexp(lse, sinks.astype(jnp.float32))
+  return (out * jnp.exp(lse - total)[..., None]).astype(out.dtype), total
 
 
 def _check(q, k_pages, k_scales, tree_mask, scale):

@@ -151,11 +151,13 @@ def is_merged(begin, before, tile_start, tile_end):
 
 
 def _body(work, runs, part_out, part_lse, out, lse, *smem, plan):
-  outs, lses, out_smem, lse_smem, ready = smem
+  _, _, out_smem, lse_smem, _ = smem
   worker = lax.axis_index('worker')
   consumer = lax.axis_index('consumer')
   columns = pl.ds(lax.axis_index('part') * _WIDTH, _WIDTH)
-  refs = types.SimpleNamespace(work=work, runs=runs)
+  refs = types.SimpleNamespace(
+    work=work, runs=runs, part_out=part_out, part_lse=part_lse
+  )
   begin, _, number = stream.load_run(refs, worker)
   before, size, _ = stream.load_run(refs, jnp.maximum(worker - 1, 0))
   size -= before
@@ -167,38 +169,9 @@ def _body(work, runs, part_out, part_lse, out, lse, *smem, plan):
     # The worker before has begun the tile, with its run or after.
     first = 2 * (worker - 1) + (before < tile.start)
 
-    def step(i, carry):
-      m, l, acc = carry
-      found = []
-      for j in range(_AT_ONCE):
-        # The last one again, without weight.
-        k = jnp.minimum(i * _AT_ONCE + j, count - 1)
-        part = jnp.where(k == 0, first, 2 * (worker - 1 + k))
-        for half in range(2):
-          row = ((part * plan.consumers + consumer) * 2 + half) * ROWS
-          plgpu.copy_gmem_to_smem(
-            part_out.at[pl.ds(row, ROWS), columns], outs.at[j, half], ready
-          )
-        plgpu.copy_gmem_to_smem(part_lse.at[part, consumer], lses.at[j], ready)
-      plgpu.barrier_wait(ready)
-      for j in range(_AT_ONCE):
-        x = sum(
-          plgpu.layout_cast(outs[j, half], plgpu.Layout.WGMMA).astype(
-            jnp.float32
-          )
-          for half in range(2)
-        )
-        y = plgpu.layout_cast(lses[j], plgpu.Layout.WGMMA.reduce(1))
-        is_one = i * _AT_ONCE + j < count
-        found.append((x, y + jnp.where(is_one, 0.0, -jnp.inf)))
-      best = functools.reduce(jnp.maximum, [y for _, y in found], m)
-      fade = jnp.exp2(m - best)
-      l, acc = l * fade, acc * _wide(fade)
-      for x, y in found:
-        weight = jnp.exp2(y - best)
-        l, acc = l + weight, acc + x * _wide(weight)
-      return best, l, acc
-
+    step = functools.partial(
+      _step, refs, plan, smem, (worker, consumer, columns, first, count)
+    )
     full = lambda value: plgpu.layout_cast(
       jnp.full(ROWS, value, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
     )
@@ -221,6 +194,39 @@ def _body(work, runs, part_out, part_lse, out, lse, *smem, plan):
       plgpu.copy_smem_to_gmem(lse_smem, lse.at[worker, consumer])
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _step(refs, plan, smem, at, i, carry):
+  worker, consumer, columns, first, count = at
+  outs, lses, _, _, ready = smem
+  m, l, acc = carry
+  found = []
+  for j in range(_AT_ONCE):
+    # The last one again, without weight.
+    k = jnp.minimum(i * _AT_ONCE + j, count - 1)
+    part = jnp.where(k == 0, first, 2 * (worker - 1 + k))
+    for half in range(2):
+      row = ((part * plan.consumers + consumer) * 2 + half) * ROWS
+      plgpu.copy_gmem_to_smem(
+        refs.part_out.at[pl.ds(row, ROWS), columns], outs.at[j, half], ready
+      )
+    plgpu.copy_gmem_to_smem(refs.part_lse.at[part, consumer], lses.at[j], ready)
+  plgpu.barrier_wait(ready)
+  for j in range(_AT_ONCE):
+    x = sum(
+      plgpu.layout_cast(outs[j, half], plgpu.Layout.WGMMA).astype(jnp.float32)
+      for half in range(2)
+    )
+    y = plgpu.layout_cast(lses[j], plgpu.Layout.WGMMA.reduce(1))
+    is_one = i * _AT_ONCE + j < count
+    found.append((x, y + jnp.where(is_one, 0.0, -jnp.inf)))
+  best = functools.reduce(jnp.maximum, [y for _, y in found], m)
+  fade = jnp.exp2(m - best)
+  l, acc = l * fade, acc * _wide(fade)
+  for x, y in found:
+    weight = jnp.exp2(y - best)
+    l, acc = l + weight, acc + x * _wide(weight)
+  return best, l, acc
 
 
 def _wide(x):

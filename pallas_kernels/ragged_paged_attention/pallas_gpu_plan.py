@@ -179,26 +179,9 @@ def plan_for(
   num_pages, num_kv, page_size = k_pages.shape[1:4]
   num_seqs, pages_per_seq = page_table.shape
   group = num_heads // num_kv
-  itemsize = k_pages.dtype.itemsize
-  unit = group if group <= ROWS else math.gcd(group, ROWS)
-  # Of so few queries the rows of one warpgroup are enough.
-  is_decode = num_tokens <= num_seqs * (ROWS // unit)
-  columns = config.get('columns')
-  if is_decode:
-    columns = columns or 64
-    # Pages of all heads lie side by side: the more a copy takes, the better.
-    most = min(ROWS // unit, columns // min(page_size, columns))
-    heads = _power_of_two_divisor(num_kv, most) if group <= ROWS else 1
-    unit *= heads
-    # Rows of a tile with a query each, if all sequences have as many.
-    average = -(-num_tokens // num_seqs)
-    queries = min(ROWS // unit, average)
-    streams, consumers = 1 if head_dim > 128 else 2, 1
-  else:
-    columns = columns or (128 if head_dim <= 128 else 64)
-    heads, queries, streams, consumers = 1, ROWS // unit, 1, 2
+  sizes = _sizes(config, q.shape, k_pages.shape, num_seqs)
   plan = Plan(
-    num_tokens=max(num_tokens, queries),
+    num_tokens=max(num_tokens, sizes['queries']),
     num_seqs=num_seqs,
     num_heads=num_heads,
     num_kv=num_kv,
@@ -207,14 +190,9 @@ def plan_for(
     page_size=page_size,
     num_pages=num_pages,
     pages_per_seq=pages_per_seq,
-    heads=heads,
-    unit=unit,
-    queries=queries,
-    consumers=consumers,
-    streams=streams,
-    columns=columns,
     slots=0,
     blocks=config.get('blocks', gpu.num_sms),
+    **sizes,
     **static,
   )
   rows = plan.heads * plan.part_keys
@@ -225,11 +203,37 @@ def plan_for(
     )
   left = gpu.smem_bytes - _BARRIER_BYTES
   left -= smem_bytes(plan, q.dtype, k_pages.dtype)
-  slot_bytes = streams * columns * (head_dim * itemsize + 4 * plan.has_scales)
+  slot_bytes = head_dim * k_pages.dtype.itemsize + 4 * plan.has_scales
+  slot_bytes *= plan.streams * plan.columns
   slots = min(left // slot_bytes, 16, config.get('slots', 16))
   if slots < 2:
     raise NotImplementedError(f'{plan} does not fit the memory of {gpu}')
   return dataclasses.replace(plan, slots=slots)
+
+
+def _sizes(config, q_shape, pool_shape, num_seqs):
+  """Attributes of a plan: of a tile, and who computes it."""
+  num_tokens, num_heads, head_dim = q_shape
+  num_kv, page_size = pool_shape[2:4]
+  group = num_heads // num_kv
+  unit = group if group <= ROWS else math.gcd(group, ROWS)
+  columns = config.get('columns')
+  # Of so few queries the rows of one warpgroup are enough.
+  if num_tokens > num_seqs * (ROWS // unit):
+    columns = columns or (128 if head_dim <= 128 else 64)
+    sizes = dict(heads=1, queries=ROWS // unit, streams=1, consumers=2)
+    return sizes | dict(unit=unit, columns=columns)
+  columns = columns or 64
+  # Pages of all heads lie side by side: the more a copy takes, the better.
+  most = min(ROWS // unit, columns // min(page_size, columns))
+  heads = _power_of_two_divisor(num_kv, most) if group <= ROWS else 1
+  unit *= heads
+  # Rows of a tile with a query each, if all sequences have as many.
+  queries = min(ROWS // unit, -(-num_tokens // num_seqs))
+  # Of a wide head two rings would have no room.
+  streams = 1 if head_dim > _WIDTH else 2
+  sizes = dict(heads=heads, queries=queries, streams=streams, consumers=1)
+  return sizes | dict(unit=unit, columns=columns)
 
 
 def scratch(

@@ -92,53 +92,22 @@ def attend(
   lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(l) * LOG2_E)
 
   is_whole = (at == tile.start) & (stop == tile.next_start)
-
-  @pl.when(is_whole)
-  def _():
-    for i, x in enumerate(out):
-      refs.staging[mine * p.parts + i] = x.astype(refs.staging.dtype)
-    if p.return_lse:
-      refs.row_lse[mine] = lse
-    plgpu.commit_smem()
-    _store(refs, p, tile, mine, first, place.consumer)
-    if p.return_lse:
-      plgpu.copy_smem_to_gmem(
-        refs.row_lse.at[mine], refs.lse.at[number, place.consumer]
-      )
-    plgpu.wait_smem_to_gmem(0)
-
-  @pl.when(~is_whole)
-  def _():
-    # Of a worker's run the first tile may begin before, the last end after.
-    part = 2 * place.worker + (at > begin)
-    refs.row_lse[mine] = lse
-    # Halves of float32 numbers, for which there is room.
-    for half in range(2):
-      for i, x in enumerate(out):
-        value = x.astype(refs.staging.dtype)
-        if half:
-          value = (x - value.astype(jnp.float32)).astype(value.dtype)
-        refs.staging[mine * p.parts + i] = value
-      plgpu.commit_smem()
-      row = ((part * p.consumers + place.consumer) * 2 + half) * ROWS
-      for i in range(p.parts):
-        plgpu.copy_smem_to_gmem(
-          refs.staging.at[mine * p.parts + i],
-          refs.part_out.at[pl.ds(row, ROWS), pl.ds(i * p.width, p.width)],
-        )
-      plgpu.wait_smem_to_gmem(0)
-    plgpu.copy_smem_to_gmem(
-      refs.row_lse.at[mine], refs.part_lse.at[part, place.consumer]
-    )
-    plgpu.wait_smem_to_gmem(0)
-
+  refs.row_lse[mine] = lse
+  # Of a worker's run the first tile may begin before, the last end after.
+  part = 2 * place.worker + (at > begin)
+  pl.when(is_whole)(lambda: _store(refs, p, tile, mine, number, place, out))
+  pl.when(~is_whole)(lambda: _store_part(refs, p, mine, part, place, out))
   plgpu.barrier_arrive(refs.answered.at[place.stream])
 
 
-def _store(refs, plan, tile, mine, first, consumer):
+def _store(refs, plan, tile, mine, number, place, out):
   """Writes the rows of the queries that are the tile's."""
   p = plan
-  begin = tile.begin + consumer * p.queries
+  for i, x in enumerate(out):
+    refs.staging[mine * p.parts + i] = x.astype(refs.staging.dtype)
+  plgpu.commit_smem()
+  first = p.first_token(tile.begin, place.consumer)
+  begin = tile.begin + place.consumer * p.queries
   end = jnp.minimum(begin + p.queries, tile.end)
 
   @pl.loop(begin - first, end - first)
@@ -149,6 +118,36 @@ def _store(refs, plan, tile, mine, first, consumer):
         refs.staging.at[mine * p.parts + part, pl.ds(i * p.unit, p.unit)],
         refs.out.at[pl.ds(row, p.unit), pl.ds(part * p.width, p.width)],
       )
+
+  if p.return_lse:
+    plgpu.copy_smem_to_gmem(
+      refs.row_lse.at[mine], refs.lse.at[number, place.consumer]
+    )
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _store_part(refs, plan, mine, part, place, out):
+  """Writes all rows, for `pallas_gpu_merge`."""
+  p = plan
+  # Halves of float32 numbers, for which there is room.
+  for half in range(2):
+    for i, x in enumerate(out):
+      value = x.astype(refs.staging.dtype)
+      if half:
+        value = (x - value.astype(jnp.float32)).astype(value.dtype)
+      refs.staging[mine * p.parts + i] = value
+    plgpu.commit_smem()
+    row = ((part * p.consumers + place.consumer) * 2 + half) * ROWS
+    for i in range(p.parts):
+      plgpu.copy_smem_to_gmem(
+        refs.staging.at[mine * p.parts + i],
+        refs.part_out.at[pl.ds(row, ROWS), pl.ds(i * p.width, p.width)],
+      )
+    plgpu.wait_smem_to_gmem(0)
+  plgpu.copy_smem_to_gmem(
+    refs.row_lse.at[mine], refs.part_lse.at[part, place.consumer]
+  )
+  plgpu.wait_smem_to_gmem(0)
 
 
 def _step(refs, plan, place, tile, first, chunk, item, carry):
