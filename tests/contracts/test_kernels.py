@@ -30,6 +30,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels.common import dispatch
 from pallas_kernels.common import hopper
+from tests.pallas_kernels.gpu.async_wgmma import async_wgmma
 
 _BACKENDS = ('xla', 'pallas_tpu', 'pallas_gpu')
 _ROOT = pathlib.Path(pallas_kernels.__file__).parent
@@ -132,14 +133,13 @@ def _value_and_vjp(f, case):
 @pytest.mark.parametrize('op, backend, build', list(_params()))
 def test_matches_reference(op, backend, build):
   case = build(jax.random.key(zlib.crc32(op.encode())))
-  if backend != 'pallas_gpu':
-    interpreted = contextlib.nullcontext()
-  elif hopper.can_interpret():
-    interpreted = hopper.interpret()
-  else:
+  if backend == 'pallas_gpu' and not hopper.can_interpret():
     pytest.skip('needs the GPU interpreter of JAX 0.12')
   try:
-    with interpreted:
+    with contextlib.ExitStack() as stack:
+      if backend == 'pallas_gpu':
+        stack.enter_context(hopper.interpret())
+        stack.enter_context(async_wgmma())
       actual = _value_and_vjp(dispatch.load(op, backend), case)
   except NotImplementedError as e:
     pytest.skip(f'unsupported, falls back: {e}')

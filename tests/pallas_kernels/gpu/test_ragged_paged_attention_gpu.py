@@ -19,6 +19,7 @@ from pallas_kernels.ragged_paged_attention import pallas_gpu_plan as plan_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_stream
 from pallas_kernels.ragged_paged_attention import pallas_gpu_tile
 from pallas_kernels.ragged_paged_attention import reference
+from tests.pallas_kernels.gpu.async_wgmma import async_wgmma
 
 needs_interpreter = pytest.mark.skipif(
   not hasattr(plgpu, 'force_gpu_interpret_mode'),
@@ -28,51 +29,13 @@ _TOLERANCE = 1e-2
 _SMALL = dict(n=4, k=2, h=64, page_size=16, dtype='bfloat16')
 
 
-@pytest.fixture(autouse=True)
-def register_operands(monkeypatch):
-  """Lets the interpreter's WGMMA have its left operand in registers."""
-  if not hasattr(plgpu, 'force_gpu_interpret_mode'):
-    return
-  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-  from jax._src.pallas.mosaic_gpu.interpret import shared_memory
-
-  original = gpu_callbacks.wgmma
-
-  def wgmma(**kwargs):
-    a = np.asarray(kwargs['a_allocation_key_as_array'])
-    if a.dtype.kind in 'iu':  # The key of a buffer.
-      return original(**kwargs)
-    memory, thread = gpu_callbacks._get_shared_memory(), kwargs['thread']
-    info = shared_memory.GPULoggingInfo(
-      kwargs['mesh_location'], thread, kwargs['source_info']
-    )
-
-    def buffer(name):
-      key = kwargs[f'{name}_allocation_key_as_array']
-      key = gpu_callbacks.HostAllocationKey.from_array(key)
-      steps = kwargs[f'{name}_transforms']
-      steps = gpu_callbacks._remove_noop_transforms(steps)
-      return key, memory.access(key, jax.tree.map(int, steps))
-
-    read = lambda at: memory.get_buffer_content(*at, thread, logging_info=info)
-    b, acc = read(buffer('b'))[0], read(buffer('acc'))[0]
-    value = acc + np.matmul(a, b, dtype=acc.dtype)
-    at = buffer('acc')
-    memory.store_buffer_content(*at, value, thread, logging_info=info)
-    return kwargs['token']
-
-  monkeypatch.setattr(
-    gpu_callbacks, 'wgmma', gpu_callbacks.fail_on_exception(wgmma)
-  )
-
-
 def _run(case, config, *, races=False):
   """Result of the interpreted kernel."""
   f = functools.partial(
     pallas_gpu.ragged_paged_attention, **case['kwargs'], config=config
   )
   params = plgpu.InterpretGPUParams(detect_races=races)
-  with plgpu.force_gpu_interpret_mode(params):
+  with plgpu.force_gpu_interpret_mode(params), async_wgmma():
     out = jax.block_until_ready(jax.jit(f)(*case['args']))
   if races:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
