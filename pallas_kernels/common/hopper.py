@@ -214,6 +214,11 @@ class Accumulator:
       new = pl.run_scoped(product, plgpu.ACC(self._ref.shape))
     self._ref[...] += new
 
+  @property
+  def num_under_way(self) -> int:
+    """Products of one `add` that may still be under way."""
+    return 0 if is_interpreted() else 1
+
   def read(self) -> jax.Array:
     """Waits for all products, and returns the sum."""
     return self._ref[...]

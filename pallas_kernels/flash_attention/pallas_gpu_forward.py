@@ -339,7 +339,7 @@ class _Worker:
         plgpu.wgmma(s_ref, q, self.k.at[slot].T)
         self.add_values(wg, acc, p, before)
         self.pass_on(wg, item, tile)
-        return plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+        return plgpu.wgmma_accumulator_load(s_ref, wait_n=acc.num_under_way)
 
       s = pl.run_scoped(products, shape)
       plgpu.barrier_arrive(self.k_free.at[slot])

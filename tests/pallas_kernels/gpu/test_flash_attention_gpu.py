@@ -15,6 +15,7 @@ from pallas_kernels.flash_attention import cases
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention import pallas_gpu
 from pallas_kernels.flash_attention import reference
+from tests.pallas_kernels.gpu.async_wgmma import async_wgmma
 
 needs_interpreter = pytest.mark.skipif(
   not hopper.can_interpret(), reason='needs the GPU interpreter of JAX 0.12'
@@ -46,7 +47,7 @@ def _case(name):
 def _check(args, kwargs, tolerance=5e-3, **params):
   """The interpreted kernel agrees with the reference."""
   config = kwargs.pop('config', None)
-  with hopper.interpret(**params):
+  with hopper.interpret(**params), async_wgmma():
     out, lse = jax.jit(
       functools.partial(
         pallas_gpu.flash_attention_forward, **kwargs, config=config
