@@ -1,7 +1,8 @@
 # Needs python (>= 3.11) with venv, make and a package index; nothing else.
 #
 #   make quickstart   train, checkpoint, reshard and serve on a simulated mesh
-#   make test         lint and the default tests, as .ci/run does
+#   make test         lint and the default tests, as .ci/run does; with an older
+#                     Python, those of the GPU kernels too with a newer one
 #   make test-slow    the tests marked slow
 #   make lint         ruff only
 #   make format       ruff, applied
@@ -19,6 +20,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV ?= .venv
 WORKERS ?= 2
 
+# Only JAX from 0.11 on, which needs Python 3.12, interprets GPU kernels.
+# pyenv's Pythons need not be on the PATH.
+NEWER ?= $(shell \
+	for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python; do \
+	if $$p -c 'import venv, ensurepip' 2>/dev/null; then echo $$p; exit; fi; done)
+NEWER_VENV ?= .venv-gpu
+
 TAG := $(shell $(PYTHON) -c \
 	'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 # A Python without a tested list of versions takes the newest list.
@@ -29,7 +37,8 @@ CREATED := $(VENV)/.created-$(TAG)
 INPUTS := setup.py pyproject.toml $(CONSTRAINTS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: quickstart test test-slow lint format constraints clean help check-python
+.PHONY: quickstart test test-gpu-kernels test-slow lint format constraints \
+	clean help check-python
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +49,27 @@ quickstart: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(MAKE) --no-print-directory test-gpu-kernels
+
+# Where the tests above could not: kernels are interpreted, not only lowered.
+test-gpu-kernels: $(VENV)/.installed-test
+	@if $(BIN)/python -c 'from pallas_kernels.common import hopper; \
+	  raise SystemExit(not hopper.can_interpret())'; then \
+	  echo "GPU kernels were interpreted in the tests above."; \
+	elif [ -z "$(NEWER)" ]; then \
+	  echo "No Python 3.12: GPU kernels are not interpreted."; \
+	else $(MAKE) --no-print-directory $(NEWER_VENV)/.installed && \
+	  $(NEWER_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	    tests/pallas_kernels/gpu; \
+	fi
+
+# What those tests import, and nothing more.
+$(NEWER_VENV)/.installed: setup.py constraints/py312.txt
+	$(NEWER) -m venv --clear $(NEWER_VENV)
+	$(NEWER_VENV)/bin/python -m pip install --quiet --no-input \
+	  --disable-pip-version-check --constraint constraints/py312.txt \
+	  absl-py beartype flatbuffers hypothesis jax jaxtyping pytest pytest-xdist
+	@touch $@
 
 test-slow: $(VENV)/.installed-test
 	@# 5 is pytest's word for: no test is marked so.
@@ -91,6 +121,6 @@ constraints: | check-python
 	rm -rf .cache/constraints
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(NEWER_VENV) .cache build dist *.egg-info
 	rm -rf .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

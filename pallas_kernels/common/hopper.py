@@ -136,6 +136,7 @@ def kernel(
   name: str,
   out: Any,
   grid: dict[str, int],
+  cluster: dict[str, int] | None = None,
   scratch: Any = (),
   warpgroups: int = 1,
   approx_math: bool = True,
@@ -147,7 +148,9 @@ def kernel(
       dict come by name.
     name: Of the kernel in traces and profiles.
     out: Shapes of the results.
-    grid: Blocks along each axis, by name, the fastest last.
+    grid: Blocks along each axis, by name, the fastest last; clusters of them,
+      if any.
+    cluster: Blocks of a cluster, along axes by name.
     scratch: Shared memory and barriers of a block.
     warpgroups: Of a block; `jax.lax.axis_index('wg')` tells which.
     approx_math: Whether exp2 and its like may use the approximate units.
@@ -158,6 +161,8 @@ def kernel(
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
+    cluster=tuple((cluster or {}).values()),
+    cluster_names=tuple(cluster or {}),
     num_threads=warpgroups,
     thread_name='wg',
     kernel_name=name,

@@ -55,11 +55,13 @@ def flash_attention(
     scale: Factor on the logits, H ** -0.5 by default.
     soft_cap: c in c * tanh(logits / c), applied before the mask.
     return_lse: Whether to return the log-sum-exp too; it has a gradient.
-    implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
-      the fastest that accepts these inputs where the program will run.
+    implementation: 'reference', 'xla', 'pallas_tpu', 'pallas_gpu' or 'cudnn';
+      `None` is the fastest that accepts these inputs where the program will
+      run.
 
   Returns:
-    Attention output in the dtype of `q`; the softmax is float32. With
+    Attention output in the dtype of `q`, or bfloat16 if that has 8 bits, which
+    has no gradient; the softmax is float32. With
     `return_lse` also the float32 natural logarithm of each query's softmax sum,
     sink included. Of a query that sees no key the output is 0, and the
     logarithm the finite -1e30 if there is no sink.

@@ -8,13 +8,18 @@ Which tiles a block visits, and which of them need no mask, is found outside,
 from the causal order, the window and the least and greatest position and
 segment of each tile, as on TPUs.
 
+Of float8_e4m3fn inputs both products are too, as in section 3.3 there: weights
+are rounded to three bits, scaled so that the greatest is 256; the output is
+bfloat16. Scales of q and k belong into `scale`, that of v to the output.
+
 Deviations from FlashAttention-3: a block is one head's, queries of a group
-share K and V through the L2 cache alone; blocks are not persistent.
+share K and V through the L2 cache alone.
 
 Cost: 4 B N T S H FLOPs, about half of that if causal, tiles at the diagonal
 whole. Memory: q and out once, K and V once per block of queries and kv head, if
 the L2 cache holds them for the heads of a group. Lengths that are not whole
-tiles, and head dims other than 64, 128 and 256, are padded first, which copies.
+tiles, and head dims other than 64, 128 and 256, are padded first, which copies;
+8-bit values are transposed first.
 """
 
 from collections.abc import Mapping
@@ -35,6 +40,7 @@ from pallas_kernels.flash_attention.pallas_gpu_backward import (
   flash_attention_backward,
 )
 from pallas_kernels.flash_attention.pallas_gpu_forward import Plan
+from pallas_kernels.flash_attention.reference import out_dtype
 from pallas_kernels.flash_attention.reference import pair
 
 __all__ = [
@@ -46,7 +52,9 @@ __all__ = [
 ]
 
 _HEAD_DIMS = (64, 128, 256)
-_DTYPES = ('bfloat16', 'float16')
+_DTYPES = ('bfloat16', 'float16', 'float8_e4m3fn')
+# Log-sum-exps, barriers, and what the compiler takes.
+_SMALL_BYTES = 3072
 # By head dim: what fits registers and shared memory.
 _DEFAULTS = {
   64: dict(warpgroups=2, block_kv=128, stages=3),
@@ -74,13 +82,13 @@ def flash_attention(*args, **static):
 def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:
   """Configurations worth a try."""
   del chip_name, static
-  h = head_dim(args[0].shape[3])
+  h, itemsize = head_dim(args[0].shape[3]), args[0].dtype.itemsize
   return [
     dict(warpgroups=warpgroups, block_kv=block_kv, stages=stages)
     for warpgroups in (2, 3)
-    for block_kv in (64, 80, 96, 128, 160, 176, 192)
+    for block_kv in (64, 128, 192)
     for stages in (2, 3, 4)
-    if _fits(h, warpgroups, block_kv, stages)
+    if _fits(h, itemsize, warpgroups, block_kv, stages)
   ]
 
 
@@ -116,7 +124,7 @@ def flash_attention_forward(
 
   Raises:
     NotImplementedError: Not a Hopper GPU, a head dim above 256, another dtype
-      than bfloat16 and float16, or a scale that is not positive.
+      than bfloat16, float16 and float8_e4m3fn, or a scale that is not positive.
   """
   check(q, k, v, scale)
   h = head_dim(q.shape[3])
@@ -128,7 +136,7 @@ def flash_attention_forward(
       function='flash_attention_forward_gpu',
     )
   config = _DEFAULTS[h] | dict(config)
-  if not _fits(h, **config):
+  if not _fits(h, q.dtype.itemsize, **config):
     raise ValueError(f'{config=} does not fit a head dim of {h}')
   inputs = dict(q=q, k=k, v=v, window=window)
   inputs |= dict(q_positions=q_positions, kv_positions=kv_positions)
@@ -137,7 +145,14 @@ def flash_attention_forward(
   inputs = _padded(inputs, config, h)
   names = tuple(n for n in pallas_gpu_forward.INPUTS if inputs[n] is not None)
   plan = Plan(
-    **config, scale=scale, soft_cap=soft_cap, dtype=q.dtype, has=names
+    **config,
+    num_workers=hopper.current().num_sms,
+    own_out=_has_own_out(h, q.dtype.itemsize, **config),
+    scale=scale,
+    soft_cap=soft_cap,
+    dtype=q.dtype,
+    out_dtype=out_dtype(q),
+    has=names,
   )
   out, lse = pallas_gpu_forward.call(plan, inputs)
   t = q.shape[1]
@@ -162,14 +177,28 @@ def head_dim(h: int) -> int:
   raise NotImplementedError(f'head_dim {h} > {_HEAD_DIMS[-1]}')
 
 
-def _fits(h, warpgroups, block_kv, stages):
+def _fits(h, itemsize, warpgroups, block_kv, stages):
   """Whether registers and shared memory suffice."""
   registers = {2: 240, 3: 160}[warpgroups]
   # Scores, their weights twice in 16 bits, the sum; some more for the rest.
   needed = 2 * block_kv // 2 + h // 2 + 32
-  tiles = warpgroups * hopper.ROWS + 2 * stages * block_kv
-  room = hopper.current().smem_bytes - 4096
-  return needed <= registers and 2 * h * tiles <= room
+  used = _smem_bytes(h, itemsize, warpgroups, block_kv, stages)
+  return needed <= registers and used <= hopper.current().smem_bytes
+
+
+def _smem_bytes(h, itemsize, warpgroups, block_kv, stages):
+  """Of queries, tiles, and the weights and results of 8-bit inputs."""
+  rows = warpgroups * hopper.ROWS
+  tiles = itemsize * h * (rows + 2 * stages * block_kv)
+  extra = rows * (block_kv + 2 * h) if itemsize == 1 else 0
+  return tiles + extra + _SMALL_BYTES
+
+
+def _has_own_out(h, itemsize, warpgroups, block_kv, stages):
+  """Whether results lie beside the queries, or take their place."""
+  used = _smem_bytes(h, itemsize, warpgroups, block_kv, stages)
+  out = 2 * h * warpgroups * hopper.ROWS
+  return itemsize == 1 or used + out <= hopper.current().smem_bytes
 
 
 def _padded(inputs, config, h):
@@ -198,10 +227,11 @@ def _padded(inputs, config, h):
   # The kernel visits one tile at the least.
   first = jnp.minimum(visit[:, 0], j.shape[1] // config['block_kv'] - 1)
   end = jnp.maximum(visit[:, 3], first + 1)
+  v = pad4(inputs['v'], s)
   return dict(
     q=pad4(q, t),
     k=pad4(k, s),
-    v=pad4(inputs['v'], s),
+    v=v.transpose(0, 2, 3, 1) if v.dtype.itemsize == 1 else v,
     ranges=jnp.stack([first, visit[:, 1], visit[:, 2], end], 1).reshape(-1),
     window=None if inputs['window'] is None else window[None],
     q_positions=i if by_position else None,

@@ -13,6 +13,11 @@ def pair(x):
   return x if isinstance(x, tuple) else (x, x)
 
 
+def out_dtype(q):
+  """That of the output: the queries', and bfloat16 if they have 8 bits."""
+  return jnp.bfloat16 if q.dtype.itemsize == 1 else q.dtype
+
+
 def flash_attention(
   q,
   k,
@@ -54,5 +59,5 @@ def flash_attention(
   empty = l_BNT1 == 0
   l_BNT1 = jnp.where(empty, 1.0, l_BNT1)
   lse_BNT1 = jnp.where(empty, NO_KEYS, m_BNT1 + jnp.log(l_BNT1))
-  out = jnp.einsum('BNTS,BSNH->BTNH', p_BNTS / l_BNT1, v).astype(q.dtype)
+  out = jnp.einsum('BNTS,BSNH->BTNH', p_BNTS / l_BNT1, v).astype(out_dtype(q))
   return out, lse_BNT1[..., 0]

@@ -12,6 +12,7 @@ from pallas_kernels.common import varying
 from pallas_kernels.common.gradient import with_gradient
 from pallas_kernels.flash_attention import xla_positions
 from pallas_kernels.flash_attention.reference import NO_KEYS
+from pallas_kernels.flash_attention.reference import out_dtype
 from pallas_kernels.flash_attention.reference import pair
 from pallas_kernels.flash_attention.xla_positions import F32
 from pallas_kernels.flash_attention.xla_positions import MASKED
@@ -51,6 +52,7 @@ def flash_attention_forward(
   soft_cap,
 ):
   """Returns the output [B,T,N,H] and the float32 log-sum-exp [B,N,T]."""
+  q, k, v = (x.astype(out_dtype(x)) for x in (q, k, v))
   positions = q_positions, kv_positions
   if positions != (None, None):
     return xla_positions.forward(
@@ -108,6 +110,8 @@ def flash_attention_backward(
   With p the probabilities and dp = d_out v^T, the scores' gradient is
   p * (dp - offset), offset = sum(out * d_out) - d_lse.
   """
+  if q.dtype.itemsize == 1:
+    raise NotImplementedError(f'{q.dtype} has no gradient')
   b, t, n, h = q.shape
   if d_lse is None:
     d_lse = jnp.zeros_like(lse)

@@ -41,8 +41,8 @@ def grouped_matmul(
     rhs_scales: What the columns of quantised matrices are multiplied by. Such
       matrices and their scales are constants: their gradients are zeros.
     preferred_element_type: Dtype of the result; `None` is that of `lhs`.
-    implementation: One of 'reference', 'xla', 'pallas_tpu'; `None` is the
-      fastest that accepts these inputs where the program will run.
+    implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
+      the fastest that accepts these inputs where the program will run.
 
   Returns:
     The products, rows in the order of `lhs`.

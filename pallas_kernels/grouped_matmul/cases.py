@@ -51,6 +51,13 @@ SMALL = {
     'uneven_bf16': dict(
       group_sizes=(60, 1, 3), num_rows=64, k=32, n=16, dtype='bfloat16'
     ),
+    'boundaries_bf16': dict(
+      group_sizes=(70, 0, 2, 3, 90),
+      num_rows=181,
+      k=72,
+      n=136,
+      dtype='bfloat16',
+    ),
     'bf16_to_f32': dict(
       group_sizes=(10, 22),
       num_rows=32,

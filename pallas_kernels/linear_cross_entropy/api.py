@@ -46,8 +46,8 @@ def linear_cross_entropy(
     vocab_axes: Inside `jax.shard_map`, the mesh axes over which the columns of
       `head` are split, in order. `targets` are ids of the whole vocabulary;
       the tokens are the same on every shard of it.
-    implementation: One of 'reference', 'xla', 'pallas_tpu'; `None` is the
-      fastest that accepts these inputs where the program will run.
+    implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
+      the fastest that accepts these inputs where the program will run.
 
   Returns:
     The weighted sum of the loss, and sums to report, all float32 scalars

@@ -36,6 +36,16 @@ SMALL = {
     'bf16_head_f32': dict(
       b=2, t=32, d=64, v=128, chunk=8, dtype='bfloat16', head_dtype='float32'
     ),
+    'bf16_odd': dict(
+      b=1,
+      t=150,
+      d=72,
+      v=205,
+      chunk=100,
+      dtype='bfloat16',
+      logit_soft_cap=3.0,
+      z_loss=1e-2,
+    ),
   }.items()
 }
 

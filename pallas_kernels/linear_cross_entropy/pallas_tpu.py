@@ -28,6 +28,7 @@ from pallas_kernels.common import varying
 from pallas_kernels.linear_cross_entropy import pallas_tpu_backward
 from pallas_kernels.linear_cross_entropy import pallas_tpu_blocks
 from pallas_kernels.linear_cross_entropy import pallas_tpu_forward
+from pallas_kernels.linear_cross_entropy import totals
 from pallas_kernels.linear_cross_entropy.gradient import with_gradients
 
 
@@ -80,17 +81,17 @@ def linear_cross_entropy_value(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The loss and the sums."""
   del chunk  # Nothing of the size of logits is kept.
-  _check(shards)
+  totals.check(shards)
   blocks = pallas_tpu_blocks.blocks(x, head, None, config, keep=False)
   x, head, targets = varying.vary_alike(x, head, targets)
   chunks = _chunks(x, targets, weights, blocks['chunk'])
   x, targets, weights = (a[0] for a in chunks)
-  local = _local(targets, head, vocab_axes)
+  local = totals.local(targets, head, vocab_axes)
   (stats,) = _statistics(
     blocks, x, _head(head, x), local, logit_soft_cap, False
   )
-  stats = _combine(stats, vocab_axes)
-  return _totals(stats, weights[0], z_loss)
+  stats = totals.combine(tuple(stats[:3]), vocab_axes)
+  return totals.totals(stats, weights[0], z_loss)
 
 
 def linear_cross_entropy_gradients(
@@ -107,7 +108,7 @@ def linear_cross_entropy_gradients(
   config: Mapping[str, int] | None = None,
 ) -> tuple[Any, tuple[jax.Array, ...]]:
   """The loss and the sums, and the gradients of x, head and weights."""
-  _check(shards)
+  totals.check(shards)
   if chunk is not None:
     chunk = chunk * x.shape[0]
   blocks = pallas_tpu_blocks.blocks(x, head, chunk, config, keep=True)
@@ -140,8 +141,8 @@ def linear_cross_entropy_gradients(
   outputs = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs)
   d_x, stats = outputs
   stats = tuple(a.reshape(-1) for a in stats)
-  loss, sums = _totals(stats, weights.reshape(-1), z_loss)
-  d_weights = _nll(*stats[:2]) + z_loss * stats[0] ** 2
+  loss, sums = totals.totals(stats, weights.reshape(-1), z_loss)
+  d_weights = totals.d_weights(stats, z_loss)
   num_tokens = given_weights.size
   d_x = d_x.reshape(-1, d_x.shape[-1])[:num_tokens, : given_x.shape[-1]]
   return (loss, sums), (
@@ -158,9 +159,10 @@ def _chunk_gradients(
 ):
   """Adds a chunk to the gradient of head; gradient of x and statistics."""
   x, targets, weights = chunk
-  local = _local(targets, head, vocab_axes)
+  local = totals.local(targets, head, vocab_axes)
   stats, exp, relative = _statistics(blocks, x, head, local, soft_cap, True)
-  stats = normaliser, target, _ = _combine(stats, vocab_axes)
+  stats = totals.combine(tuple(stats[:3]), vocab_axes)
+  normaliser, target, _ = stats
   slope = (1 + 2 * z_loss * normaliser) * weights[0]
   hits = weights
   if soft_cap is not None:
@@ -201,37 +203,6 @@ def _statistics(blocks, x, head, targets, soft_cap, keep):
   )
 
 
-def _combine(stats, vocab_axes):
-  """Log-normaliser, target's and largest logit of each token, `[C]`."""
-  largest, exp_sum, target = (stats[i] for i in range(3))
-  if vocab_axes:
-    own = largest
-    largest = jax.lax.pmax(largest, vocab_axes)
-    exp_sum = jax.lax.psum(exp_sum * jnp.exp(own - largest), vocab_axes)
-    target = jax.lax.psum(target, vocab_axes)
-  return largest + jnp.log(exp_sum), target, largest
-
-
-def _totals(stats, weights, z_loss):
-  normaliser, target, largest = stats
-  nll = jnp.sum(weights * _nll(normaliser, target))
-  z = z_loss * jnp.sum(weights * normaliser**2)
-  correct = jnp.sum(weights * (target >= largest))
-  sums = dict(weight=jnp.sum(weights), nll=nll, z_loss=z, correct=correct)
-  return nll + z, sums
-
-
-def _nll(normaliser, target):
-  return normaliser - target
-
-
-def _check(shards):
-  if tuple(shards) != (1, 1):
-    raise NotImplementedError(
-      f'a kernel runs on one shard, inside shard_map; {shards=}'
-    )
-
-
 def _chunks(x, targets, weights, chunk):
   """`[n, C, D]` and twice `[n, 1, C]`, padded with zeros."""
   x = x.reshape(-1, x.shape[-1])
@@ -250,13 +221,3 @@ def _head(head, x):
   return jnp.pad(
     head.astype(x.dtype), ((0, x.shape[-1] - head.shape[0]), (0, 0))
   )
-
-
-def _local(targets, head, vocab_axes):
-  """Columns of this shard, far below 0 for those of others."""
-  if not vocab_axes:
-    return targets
-  size = head.shape[1]
-  targets = targets - jax.lax.axis_index(vocab_axes) * size
-  here = (targets >= 0) & (targets < size)
-  return jnp.where(here, targets, jnp.iinfo(jnp.int32).min // 2)

@@ -40,8 +40,8 @@ def quantized_matmul(
       section 2.1): 'int8' for int8 weights, 'float8_e4m3fn' for float8 ones;
       `None` leaves `x` as it is.
     preferred_element_type: Dtype of the result; `None` is that of `x`.
-    implementation: One of 'reference', 'xla', 'pallas_tpu'; `None` is the
-      fastest that accepts these inputs where the program will run.
+    implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
+      the fastest that accepts these inputs where the program will run.
 
   Returns:
     The products.

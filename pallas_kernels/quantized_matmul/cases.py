@@ -52,6 +52,13 @@ SMALL = {
       weights='float8_e4m3fn',
       activations='float8_e4m3fn',
     ),
+    'e4m3_a8_many_rows': dict(
+      m=520,
+      k=128,
+      n=64,
+      weights='float8_e4m3fn',
+      activations='float8_e4m3fn',
+    ),
     'w4a16_32': dict(m=5, k=256, n=130, weights='int4', group_size=32),
     'w4a16_64_zeros_f32': dict(
       m=20,

@@ -28,8 +28,8 @@ def rms_norm(
     residual: What to add first, of the dtype of `x`; `None` is nothing.
     epsilon: Added to the mean square.
     plus_one: Whether the gain is `1 + scale` (Gemma).
-    implementation: 'reference', 'xla' or 'pallas_tpu'; `None` is the fastest
-      that accepts these inputs where the program will run.
+    implementation: 'reference', 'xla', 'pallas_tpu' or 'pallas_gpu'; `None` is
+      the fastest that accepts these inputs where the program will run.
 
   Returns:
     The norm in the dtype of `x`, and with a residual also the sum.

@@ -27,6 +27,7 @@ SMALL = {
     ('odd', (3, 7, 40), dict(epsilon=1e-2)),
     ('gemma', (37, 128), dict(plus_one=True)),
     ('bf16', (2, 24, 384), dict(dtype='bfloat16')),
+    ('heads', (1, 8, 3, 64), dict(dtype='bfloat16', residual=False)),
   ]
 }
 MODEL = {

@@ -16,6 +16,7 @@ agree within the tolerance of the coarsest dtype among the arguments, its
 integer leaves exactly.
 """
 
+import contextlib
 import functools
 import importlib
 import pathlib
@@ -28,6 +29,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.common import dispatch
+from pallas_kernels.common import hopper
 
 _BACKENDS = ('xla', 'pallas_tpu', 'pallas_gpu')
 _ROOT = pathlib.Path(pallas_kernels.__file__).parent
@@ -130,8 +132,15 @@ def _value_and_vjp(f, case):
 @pytest.mark.parametrize('op, backend, build', list(_params()))
 def test_matches_reference(op, backend, build):
   case = build(jax.random.key(zlib.crc32(op.encode())))
+  if backend != 'pallas_gpu':
+    interpreted = contextlib.nullcontext()
+  elif hopper.can_interpret():
+    interpreted = hopper.interpret()
+  else:
+    pytest.skip('needs the GPU interpreter of JAX 0.12')
   try:
-    actual = _value_and_vjp(dispatch.load(op, backend), case)
+    with interpreted:
+      actual = _value_and_vjp(dispatch.load(op, backend), case)
   except NotImplementedError as e:
     pytest.skip(f'unsupported, falls back: {e}')
   expected = _value_and_vjp(dispatch.load(op, 'reference'), case)
