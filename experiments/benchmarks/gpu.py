@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
     record,
     args.section,
     budget_s=args.budget_s,
-    hang_s=args.hang_s or max(15.0, 0.4 * args.budget_s),
+    hang_s=args.hang_s or max(30.0, 0.5 * args.budget_s),
     implementation='pallas_gpu' if args.platform == 'cuda' else 'xla',
     smoke=args.smoke,
   )
@@ -96,7 +96,7 @@ def _parser():
   add('--out', default=str(_RESULTS), help='Folder of the results.')
   add('--name', default='h200', help='Results are OUT/gpu_NAME.json.')
   add('--budget_s', type=float, default=60.0, help='Seconds to work for.')
-  add('--hang_s', type=float, help='Of one contender; 2/5 of the budget.')
+  add('--hang_s', type=float, help='Of one contender; half the budget.')
   add('--platform', choices=('cuda', 'cpu'), default='cuda')
   add('--smoke', action='store_true', help='Tiny shapes.')
   add('--of', help='note: of which section.')

@@ -36,7 +36,7 @@ out=${OUT:-experiments/benchmarks/results}
 # Seconds of each section, to scale; what one leaves, the others get.
 declare -A weight=(
   [tune]=100 [checks]=65 [peaks]=25 [attention]=110 [paged]=50 [grouped]=40
-  [quantized]=35 [loss]=35 [norm]=20 [engine]=80 [pytest]=15 [sanitizer]=35
+  [quantized]=35 [loss]=40 [norm]=20 [engine]=80 [pytest]=15 [sanitizer]=35
 )
 sections=${SECTIONS:-"checks peaks attention paged engine grouped quantized \
 loss norm pytest sanitizer"}
