@@ -9,6 +9,8 @@ import pathlib
 
 _DEVICES = '--xla_force_host_platform_device_count'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Threads of a program: those of an interpreted GPU kernel wait for each other.
+os.environ.setdefault('NPROC', '16')
 # Most of the time is compilation: with little of LLVM's optimisation a sixth
 # less of it.
 for flag, value in {_DEVICES: 8, '--xla_backend_optimization_level': 1}.items():

@@ -130,6 +130,21 @@ SMALL = {
     'mixed': _MIXED,
     'mixed_padded': dict(**_MIXED, num_tokens=40),
     'mixed_bf16': dict(**_MIXED, dtype='bfloat16'),
+    'decode_bf16': dict(
+      **_DECODE, h=64, page_size=16, dtype='bfloat16', return_lse=True
+    ),
+    'chunks_bf16': dict(
+      query_lens=(110, 0, 5, 1),
+      kv_lens=(125, 0, 5, 61),
+      num_tokens=120,
+      h=64,
+      page_size=16,
+      dtype='bfloat16',
+      window=50,
+      soft_cap=2.0,
+      sinks=True,
+      return_lse=True,
+    ),
     'window_cap': dict(**_MIXED, window=6, soft_cap=2.0),
     'mqa_odd_head': dict(**_MIXED, k=1, h=24, page_size=3, pages_per_seq=11),
     'long': dict(
