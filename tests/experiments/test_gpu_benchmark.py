@@ -8,6 +8,7 @@ import sys
 import types
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +100,33 @@ def test_section_times_what_is_right_only(
   else:
     assert len(others) >= num_rows
     assert all(0 < r['share'] and r['rounds'] == 1 for r in others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'module, run',
+  [
+    (gpu_attention, 'run'),
+    (gpu_paged, 'run'),
+    (gpu_matmuls, 'grouped'),
+    (gpu_matmuls, 'quantized'),
+    (gpu_loss_norm, 'loss'),
+    (gpu_loss_norm, 'norm'),
+  ],
+)
+def test_the_kernels_take_what_a_section_gives_them(
+  record, monkeypatch, module, run
+):
+  def lower(fn, *sets):
+    with pltpu.force_tpu_interpret_mode(None):
+      traced = jax.jit(fn).trace(*sets[0])
+      text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    raise NotImplementedError(f'mosaic: {"mosaic_gpu" in text}')
+
+  monkeypatch.setattr(module, 'JaxCalls', lower)
+  getattr(module, run)(_section(record, implementation='pallas_gpu'))
+  ours = [r for r in record.rows('some') if r['contender'] == 'ours']
+  assert ours and all(r['skipped'] == 'mosaic: True' for r in ours)
 
 
 def test_attention_is_compared_with_the_best_other(record, monkeypatch):

@@ -248,3 +248,10 @@ def test_dry_run(tmp_path, capsys):
 def test_unknown_row(capsys):
   assert tune_gpu.main(['--rows=no such row']) == 2
   assert 'no row contains' in capsys.readouterr().out
+
+
+def test_every_row_has_a_kernel_that_looks_up_one_entry():
+  for name, row in tune_gpu_rows.ROWS.items():
+    target = tune_gpu.find_target(row, 'pallas_gpu', 'h200')
+    assert target.path.parent.name == row.op, name
+    assert len(target.candidates) >= 1 and target.features, name
