@@ -92,7 +92,9 @@ for section in $sections; do
       break
     fi
     if [ "$section" = tune ]; then
-      command=("$python" -m experiments.benchmarks.tune_gpu "${options[@]}")
+      # The platform; all that gpu.py is told by its own argument.
+      command=(env JAX_PLATFORMS="${platform/cuda/cuda,cpu}" "$python" -m)
+      command+=(experiments.benchmarks.tune_gpu "${options[@]}")
     else
       command=("${run[@]}" "$section" "${options[@]}" --platform="$platform")
       [ "${SMOKE:-0}" = 1 ] && command+=(--smoke)

@@ -383,7 +383,7 @@ def main(argv: list[str]) -> int:
     Record(path),
     'dry_run' if args.dry_run else 'tune',
     budget_s=args.budget_s,
-    hang_s=max(15.0, 0.2 * args.budget_s),
+    hang_s=max(30.0, 0.3 * args.budget_s),
     implementation=args.implementation,
   )
   rows = {name: every[name] for name in names}
