@@ -37,7 +37,7 @@ _HEART = _KERNELS | {'flax', 'gguf', 'orbax', 'safetensors', 'tensorstore'}
 _TRAIN = _HEART | {'grain', 'optax', 'tensorboardX', 'tqdm'}
 _SERVE = _HEART | {'jinja2', 'tokenizers', 'tqdm'}
 _ALL = _TRAIN | _SERVE | {'absl', 'matplotlib'}
-_BASELINES = {'torch', 'transformers'}
+_BASELINES = {'flash_attn', 'flash_attn_interface', 'torch', 'transformers'}
 # Engines of environments of their own, and what they share: a file beside them.
 _PEERS = _BASELINES | {
   'openvino',

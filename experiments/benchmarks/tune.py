@@ -10,7 +10,6 @@ kept at once; a second run does only what is missing, unless --redo.
 
 import functools
 import importlib
-import json
 import pathlib
 import sys
 
@@ -19,6 +18,7 @@ from absl import flags
 import tqdm
 
 from experiments.benchmarks import tpu_rows
+from experiments.benchmarks import tuned_json
 from pallas_kernels import tpu_compiler
 
 _ROWS = flags.DEFINE_string('rows', '', 'Only rows whose name contains this.')
@@ -51,8 +51,8 @@ def tune(name: str, row: tpu_rows.Row, chip: str) -> None:
   prefix = 'backward_' if function.endswith('_backward') else ''
   features = getattr(module, f'{prefix}features')(*args, **fn.keywords)
   path = pathlib.Path(module.__file__).parent / 'tuned.json'
-  same = lambda e: e['chip'] == chip and e['features'] == features
-  if not _REDO.value and any(map(same, _read(path).get(function, ()))):
+  known = tuned_json.find(path, function, chip, features)
+  if known is not None and not _REDO.value:
     return
   candidates = getattr(module, f'{prefix}candidates')(
     chip, *args, **fn.keywords
@@ -65,9 +65,7 @@ def tune(name: str, row: tpu_rows.Row, chip: str) -> None:
       best = dict(chip=chip, features=features, config=config, cycles=cycles)
   if best is None:
     raise ValueError(f'{name}: none of {candidates} compiles for {chip}')
-  entries = _read(path)
-  kept = [e for e in entries.get(function, ()) if not same(e)]
-  _write(path, entries | {function: [*kept, best]})
+  tuned_json.keep(path, function, best)
 
 
 def _cycles(fn, args, row, chip):
@@ -80,20 +78,6 @@ def _cycles(fn, args, row, chip):
     return None
   kernels = filter(row.kernels, compiled.kernels)
   return round(sum(compiled.schedule(name).cycles for name in kernels))
-
-
-def _read(path):
-  return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write(path, entries):
-  lines = [
-    f'"{function}": [\n'
-    + ',\n'.join(f' {json.dumps(entry)}' for entry in found)
-    + '\n]'
-    for function, found in entries.items()
-  ]
-  path.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
 
 
 if __name__ == '__main__':

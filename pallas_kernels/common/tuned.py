@@ -1,17 +1,44 @@
 """Block sizes that the tuner has found, kept beside the kernel they are for.
 
 `pallas_kernels/<op>/tuned.json` maps the name of a kernel's function to entries
-`{chip, features, config, cycles}`; `experiments/benchmarks/tune.py` writes it.
+`{chip, features, config, cycles}`, or `us` in place of `cycles` where a GPU was
+timed; `experiments/benchmarks/tune.py` and `tune_gpu.py` write it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import functools
 import json
 import math
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 _ROOT = pathlib.Path(__file__).parent.parent
+# Of those who want to know what `lookup` is asked.
+_LISTS: list[list['Question']] = []
+
+
+class Question(NamedTuple):
+  """Arguments of a `lookup`; `function` is never empty."""
+
+  op: str
+  function: str
+  chip: str
+  features: dict[str, Any]
+
+
+@contextlib.contextmanager
+def questions() -> Iterator[list[Question]]:
+  """A list of what is looked up meanwhile: how the tuner knows what to write.
+
+  Programs must be traced meanwhile, not before.
+  """
+  asked = []
+  _LISTS.append(asked)
+  try:
+    yield asked
+  finally:
+    _LISTS.remove(asked)
 
 
 def lookup(
@@ -30,6 +57,8 @@ def lookup(
   Returns:
     Keyword arguments of the kernel; empty where no entry applies.
   """
+  for asked in _LISTS:
+    asked.append(Question(op, function or op, chip, dict(features)))
   found = [
     (_distance(entry['features'], features), i, entry['config'])
     for i, entry in enumerate(_entries(op).get(function or op, ()))

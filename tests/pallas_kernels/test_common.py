@@ -112,3 +112,18 @@ def test_block_sizes_are_those_of_the_most_similar_input(tmp_path, monkeypatch):
   assert block('v5e', 1024, 'float16') is None
   assert block('v5e', 1024, 'bfloat16', causal=False) is None
   assert tuned.lookup('op', 'v5e', dict(other=1)) == {}
+
+
+def test_what_is_looked_up_is_known_to_who_asks(tmp_path, monkeypatch):
+  monkeypatch.setattr(tuned, '_ROOT', tmp_path)
+  tuned.lookup('op', 'v5e', dict(other=1))
+  with tuned.questions() as asked:
+    tuned.lookup('op', 'v5e', dict(width=1))
+    with tuned.questions() as inner:
+      tuned.lookup('op', 'h200', dict(width=2), function='f')
+  tuned.lookup('op', 'v5e', dict(other=1))
+  assert asked == [
+    ('op', 'op', 'v5e', dict(width=1)),
+    ('op', 'f', 'h200', dict(width=2)),
+  ]
+  assert inner == asked[1:]
