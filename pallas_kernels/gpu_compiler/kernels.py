@@ -43,10 +43,17 @@ class Kernel:
 
   @property
   def main_loop(self) -> Loop:
-    """Where the tensor cores could be busiest; the innermost such loop."""
+    """Where the tensor cores could be busiest, the innermost such loop.
+
+    Without any work for them, the longest loop.
+    """
     if not self.loops:
       raise ValueError(f'{self.name} has no loop')
-    return max(self.loops, key=lambda l: (l.tensor_share, -l.issue_cycles))
+    return max(self.loops, key=self._importance)
+
+  def _importance(self, loop):
+    length = loop.issue_cycles
+    return loop.tensor_share, -length if loop.tensor_cycles else length
 
 
 def read(folder: pathlib.Path) -> tuple[Kernel, ...]:

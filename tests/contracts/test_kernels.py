@@ -13,7 +13,7 @@ An op takes part by having `pallas_kernels/<op>/cases.py` with
 
 `reference.<op>(*args, **kwargs)` may return any pytree. Its float leaves must
 agree within the tolerance of the coarsest dtype among the arguments, its
-integer leaves exactly.
+integer leaves exactly. Kernels for GPUs are interpreted; those marked `gpu` run.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import pathlib
 import zlib
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +57,12 @@ def _params():
       if _has(op, backend):
         for name, build in _cases(op).items():
           yield pytest.param(op, backend, build, id=f'{op}-{backend}-{name}')
+          if backend == 'pallas_gpu':
+            yield pytest.param(
+              *(op, 'on_a_gpu', build),
+              marks=pytest.mark.gpu,
+              id=f'{op}-on_a_gpu-{name}',
+            )
 
 
 def _tolerance(case):
@@ -137,7 +144,10 @@ def test_matches_reference(op, backend, build):
     pytest.skip('needs the GPU interpreter of JAX 0.12')
   try:
     with contextlib.ExitStack() as stack:
-      if backend == 'pallas_gpu':
+      if backend == 'on_a_gpu':
+        backend = 'pallas_gpu'
+        stack.enter_context(pltpu.force_tpu_interpret_mode(None))
+      elif backend == 'pallas_gpu':
         stack.enter_context(hopper.interpret())
         stack.enter_context(async_wgmma())
       actual = _value_and_vjp(dispatch.load(op, backend), case)
