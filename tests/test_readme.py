@@ -35,11 +35,14 @@ def test_paths_and_flags_exist():
   ):
     assert any(_ROOT.glob(path)), path
   for module, flags in re.findall(
-    r'python -m (\S+)((?: \\\n|[^\n`])*)', _README
+    r'python -m ([\w.]+)((?: \\\n|[^\n`])*)', _README
   ):
-    source = (_ROOT / f'{module.replace(".", "/")}.py').read_text()
+    path = _ROOT / module.replace('.', '/')
+    path = path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+    source = path.read_text()
     for flag in re.findall(r'--(\w+)', flags):
-      assert f"'{flag}'" in source, f'{module} has no --{flag}'
+      defined = re.search(rf"'(--)?{flag}'", source)
+      assert defined, f'{module} has no --{flag}'
   makefile = (_ROOT / 'Makefile').read_text()
   for target in re.findall(r'make ([a-z-]+)', _README):
     assert f'\n{target}:' in makefile, target

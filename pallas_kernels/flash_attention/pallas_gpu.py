@@ -164,7 +164,10 @@ def check(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
   hopper.current()
   head_dim(q.shape[3])
   if not q.dtype == k.dtype == v.dtype or q.dtype.name not in _DTYPES:
-    raise NotImplementedError(f'{q.dtype=}, {k.dtype=}, {v.dtype=}')
+    raise NotImplementedError(
+      f'q, k and v are {q.dtype.name}, {k.dtype.name} and {v.dtype.name}, and '
+      f'must be alike one of {", ".join(_DTYPES)}'
+    )
   if scale <= 0:
     raise NotImplementedError(f'{scale=} is not positive')
 

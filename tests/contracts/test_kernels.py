@@ -13,7 +13,7 @@ An op takes part by having `pallas_kernels/<op>/cases.py` with
 
 `reference.<op>(*args, **kwargs)` may return any pytree. Its float leaves must
 agree within the tolerance of the coarsest dtype among the arguments, its
-integer leaves exactly. GPU kernels are interpreted; cases marked `gpu` run there.
+integer leaves exactly. GPU kernels are interpreted, and run where there is one.
 """
 
 import contextlib

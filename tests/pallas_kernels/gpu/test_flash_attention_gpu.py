@@ -188,7 +188,7 @@ def _explained(dtype='bfloat16', h=128, **kwargs):
 def test_what_it_declines():
   assert _explained().implementation == 'pallas_gpu'
   for kwargs, why in [
-    (dict(dtype='float32'), "dtype('float32')"),
+    (dict(dtype='float32'), 'float32 and float32, and must be'),
     (dict(h=320), 'head_dim 320 > 256'),
     (dict(scale=-1.0), 'scale=-1.0 is not positive'),
   ]:

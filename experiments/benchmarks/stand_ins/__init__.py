@@ -1,0 +1,1 @@
+"""Put on the path, instead of what a machine lacks."""
