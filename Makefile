@@ -60,7 +60,8 @@ test-gpu-kernels: $(VENV)/.installed-test
 	  echo "No Python 3.12: GPU kernels are not interpreted."; \
 	else $(MAKE) --no-print-directory $(NEWER_VENV)/.installed && \
 	  $(NEWER_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
-	    tests/pallas_kernels/gpu; \
+	    tests/pallas_kernels/gpu tests/contracts/test_kernels.py \
+	    -m 'not slow and not gpu' -k 'gpu and not tpu'; \
 	fi
 
 # What those tests import, and nothing more.

@@ -11,13 +11,15 @@ https://pytorch.org/blog/flash-decoding/. Both from memory, without the text.
 A step with few queries per sequence has two workers in a block, each with its
 ring, and a tile with the heads of several kv heads, so that a copy is 64 keys
 side by side whatever the page size; one of prefill chunks has two warpgroups of
-64 rows each that share the keys of one kv head. Quantised pages become bfloat16
-on their way through registers, and scales join logits and weights.
+64 rows each that share the keys of one kv head. Quantised pages become 16 bits
+on their way through registers, int8 bfloat16 and float8 float16, which is one
+instruction for two values; scales join logits and weights.
 
 Deviations: how a sequence is cut depends on the others in the step, so its sum
 may be rounded differently. Of pages with positions only decodes are taken, as
 on TPUs; float32, trees and int4 are declined, and scales of fewer than 32 keys
-side by side (pages of 16 in prefill chunks).
+side by side (pages of 16 in prefill chunks). With float8 pages queries are made
+float16: those beyond 65,504 are cut, below 6e-5 they lose bits.
 
 *Cost*: HBM: K and V once per tile, in whole pages, of which a tile's last one
 is copied as often as to fill its last chunk; q and the output once; parts, at
@@ -213,11 +215,10 @@ def _call(plan, inputs):
   q, k = inputs['q'], inputs['k']
   f32 = jnp.float32
   rows = plan.consumers, ROWS
+  parts = 4 * plan.workers * plan.consumers * ROWS
   out = dict(
     out=varying.shape(q.shape, q.dtype, q),
-    part_out=varying.shape(
-      (4 * plan.workers * plan.consumers * ROWS, plan.head_dim), q.dtype, q
-    ),
+    part_out=varying.shape((parts, plan.head_dim), q.dtype, q),
     part_lse=varying.shape((2 * plan.workers, *rows), f32, q),
   )
   if plan.return_lse:

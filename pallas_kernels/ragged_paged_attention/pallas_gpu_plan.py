@@ -242,15 +242,18 @@ def scratch(
   """Name to shape and dtype of what a block keeps in shared memory."""
   p = plan
   wgs = p.streams * p.consumers
+  # What keys are multiplied as: float8 becomes float16 at once, exactly.
+  is_float = jnp.issubdtype(page_dtype, jnp.floating)
+  factor = jnp.float16 if p.has_scales and is_float else q_dtype
   shapes = dict(
     ring=((p.streams * p.slots, p.columns, p.head_dim), page_dtype),
-    queries=((wgs, ROWS, p.head_dim), q_dtype),
+    queries=((wgs, ROWS, p.head_dim), factor),
     staging=((wgs * p.parts, ROWS, p.width), q_dtype),
     row_lse=((wgs, ROWS), jnp.float32),
     places=((wgs, p.columns), jnp.int32),
   )
   if p.has_scales:
-    shapes['wide'] = (wgs, p.columns, p.head_dim), q_dtype
+    shapes['wide'] = (wgs, p.columns, p.head_dim), factor
     shapes['scales'] = (p.streams * p.slots, p.columns), jnp.float32
   return shapes
 

@@ -23,6 +23,7 @@ from pallas_kernels.ragged_paged_attention.pallas_gpu_plan import Plan
 _START = -1e30
 # Columns to move at a time: few registers, and few ways to lay them out.
 _WIDTH = 64
+_MOST_16 = float(jnp.finfo(jnp.float16).max)
 _OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -70,7 +71,9 @@ def attend(
     x = plgpu.layout_cast(
       refs.staging[mine * p.parts + part], plgpu.Layout.WGMMA
     )
-    q[:, pl.ds(part * p.width, p.width)] = x
+    if q.dtype == jnp.float16:
+      x = jnp.clip(x.astype(jnp.float32), -_MOST_16, _MOST_16)
+    q[:, pl.ds(part * p.width, p.width)] = x.astype(q.dtype)
   plgpu.commit_smem()
   first = p.first_token(tile.begin, place.consumer)
 
@@ -218,9 +221,6 @@ def _widen(refs, plan, mine, slot):
   for row in range(0, p.columns, ROWS):
     rows = pl.ds(row, ROWS)
     x = plgpu.layout_cast(refs.ring[slot, rows], plgpu.Layout.WGMMA_UPCAST_2X)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-      # Of these two steps there are instructions, and neither rounds.
-      x = x.astype(jnp.float16).astype(jnp.float32)
     refs.wide[mine, rows] = x.astype(refs.wide.dtype)
   scale = plgpu.layout_cast(refs.scales[slot], plgpu.Layout.WGMMA.reduce(0))
   plgpu.commit_smem()
