@@ -170,7 +170,8 @@ def _all_pages(
     v=v_pages.reshape(-1, plan.head_dim),
   )
   if k_scales is not None:
-    inputs |= dict(k_scales=k_scales.reshape(-1), v_scales=v_scales.reshape(-1))
+    flat = lambda x: x.astype(jnp.float32).reshape(-1)
+    inputs |= dict(k_scales=flat(k_scales), v_scales=flat(v_scales))
   out, lse = _call(plan, inputs)
   out = out.reshape(plan.num_tokens, plan.num_heads, -1)[:num_tokens]
   if not plan.return_lse:
