@@ -4,13 +4,16 @@ Tests run on the CPU wherever they are. To run those marked for a device:
 `JAX_PLATFORMS=tpu pytest -m tpu`, `JAX_PLATFORMS=cuda pytest -m gpu`.
 """
 
+from importlib import metadata
 import os
 import pathlib
 
 _DEVICES = '--xla_force_host_platform_device_count'
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Threads of a program: those of an interpreted GPU kernel wait for each other.
-os.environ.setdefault('NPROC', '16')
+# JAX before 0.11 interprets none.
+if tuple(map(int, metadata.version('jax').split('.')[:2])) >= (0, 11):
+  os.environ.setdefault('NPROC', '16')
 # Most of the time is compilation: with little of LLVM's optimisation a sixth
 # less of it.
 for flag, value in {_DEVICES: 8, '--xla_backend_optimization_level': 1}.items():
