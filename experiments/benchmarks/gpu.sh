@@ -99,7 +99,8 @@ for section in $sections; do
       command=("${run[@]}" "$section" "${options[@]}" --platform="$platform")
       [ "${SMOKE:-0}" = 1 ] && command+=(--smoke)
     fi
-    XLA_FLAGS="$given_flags $flags" timeout -k 5 $((seconds + 5)) \
+    # A blank alone would be taken for the name of a file.
+    XLA_FLAGS="$given_flags${given_flags:+ }$flags" timeout -k 5 $((seconds + 5)) \
       "${command[@]}" --budget_s="$seconds"
     rc=$?
     if [ $rc = 0 ]; then

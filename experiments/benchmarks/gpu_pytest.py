@@ -11,13 +11,13 @@ import jax
 from experiments.benchmarks.gpu_record import Section
 
 _NEEDED = ('pytest', 'hypothesis', 'jaxtyping', 'beartype', 'absl')
-_FOLDER = 'tests/pallas_kernels/gpu'
+_TESTS = 'tests/contracts/test_kernels.py'
 _COUNT = re.compile(r'(\d+) (passed|failed|errors?|skipped|deselected)')
 
 
 def run(section: Section) -> None:
   """One row: how many of those marked `gpu` pass."""
-  row, who = f'pytest -m gpu {_FOLDER}', 'ours'
+  row, who = f'pytest -m gpu {_TESTS}', 'ours'
   if section.has(row, who):
     return
   missing = [m for m in _NEEDED if importlib.util.find_spec(m) is None]
@@ -28,7 +28,7 @@ def run(section: Section) -> None:
   if jax.default_backend() == 'gpu':
     env['JAX_PLATFORMS'] = 'cuda,cpu'
   limit = max(section.left_s, 1.0)
-  command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', _FOLDER]
+  command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', _TESTS]
   with section.trying(row, who, is_ours=True, hang_s=limit + 60):
     try:
       done = subprocess.run(

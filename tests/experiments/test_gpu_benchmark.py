@@ -360,6 +360,14 @@ def test_script_goes_on_behind_a_crash(tmp_path):
   assert len(rows) == 6
 
 
+def test_script_without_flags_of_xla(tmp_path):
+  done = _run_script(tmp_path, '--budget_s=60', SECTIONS='engine', XLA_FLAGS='')
+  assert done.returncode == 0, done.stdout + done.stderr
+  content = json.loads((tmp_path / 'gpu_test.json').read_text())
+  [row] = content['sections']['engine']['rows']
+  assert row['tokens_per_s'] > 0 and row['all_finished']
+
+
 def test_script_fails_if_a_check_did(tmp_path, record):
   _section(record, 'norm').add('row', 'ours', error='off', wrong=True)
   done = _run_script(tmp_path, SECTIONS=' ', KEEP='1')
