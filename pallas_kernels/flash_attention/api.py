@@ -5,9 +5,8 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.common import varying
 from pallas_kernels.common.dispatch import dispatch
-from pallas_kernels.common.gradient import with_gradient
+from pallas_kernels.flash_attention.gradient import differentiable
 from pallas_kernels.flash_attention.reference import pair
 
 # One row may be for all of the batch.
@@ -108,14 +107,8 @@ def _attend(implementation, args, **static):
   if implementation is not None:
     return call(*args, implementation=implementation)
 
-  def forward(*args):
-    out, lse = call(*args, function='flash_attention_forward')
-    return (out, lse), (*args, out, lse)
-
-  def backward(residuals, cotangents):
-    dq, dk, dv, d_sinks = call(
-      *residuals, *cotangents, function='flash_attention_backward'
-    )
-    return dq, dk, dv, None, None, d_sinks, None, None
-
-  return with_gradient(forward, backward, *varying.vary_alike(*args))
+  return differentiable(
+    functools.partial(call, function='flash_attention_forward'),
+    functools.partial(call, function='flash_attention_backward'),
+    *args,
+  )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import chip
 from pallas_kernels.common import varying
-from pallas_kernels.common.gradient import with_gradient
+from pallas_kernels.flash_attention.gradient import differentiable
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 _MULTIPLE = 8
@@ -33,18 +33,11 @@ _CAPABILITY = (8, 0)
 
 def flash_attention(*args: Any, **static: Any) -> tuple[jax.Array, jax.Array]:
   """See `api.flash_attention`; returns the output and the log-sum-exp."""
-
-  def forward(*args):
-    out, lse = flash_attention_forward(*args, **static)
-    return (out, lse), (*args, out, lse)
-
-  def backward(residuals, cotangents):
-    dq, dk, dv, d_sinks = flash_attention_backward(
-      *residuals, *cotangents, **static
-    )
-    return dq, dk, dv, None, None, d_sinks, None, None
-
-  return with_gradient(forward, backward, *varying.vary_alike(*args))
+  return differentiable(
+    functools.partial(flash_attention_forward, **static),
+    functools.partial(flash_attention_backward, **static),
+    *args,
+  )
 
 
 def flash_attention_forward(

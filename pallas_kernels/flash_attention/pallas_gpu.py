@@ -23,6 +23,7 @@ tiles, and head dims other than 64, 128 and 256, are padded first, which copies;
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
@@ -30,12 +31,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import hopper
 from pallas_kernels.common import tuned
-from pallas_kernels.common import varying
-from pallas_kernels.common.gradient import with_gradient
 from pallas_kernels.flash_attention import pallas_gpu_forward
 from pallas_kernels.flash_attention.forward_plan import NEVER
 from pallas_kernels.flash_attention.forward_plan import features
 from pallas_kernels.flash_attention.forward_plan import ranges
+from pallas_kernels.flash_attention.gradient import differentiable
 from pallas_kernels.flash_attention.pallas_gpu_backward import (
   flash_attention_backward,
 )
@@ -65,18 +65,11 @@ _DEFAULTS = {
 
 def flash_attention(*args, **static):
   """See `api.flash_attention`; returns the output and the log-sum-exp."""
-
-  def forward(*args):
-    out, lse = flash_attention_forward(*args, **static)
-    return (out, lse), (*args, out, lse)
-
-  def backward(residuals, cotangents):
-    dq, dk, dv, d_sinks = flash_attention_backward(
-      *residuals, *cotangents, **static
-    )
-    return dq, dk, dv, None, None, d_sinks, None, None
-
-  return with_gradient(forward, backward, *varying.vary_alike(*args))
+  return differentiable(
+    functools.partial(flash_attention_forward, **static),
+    functools.partial(flash_attention_backward, **static),
+    *args,
+  )
 
 
 def candidates(chip_name: str, *args: Any, **static: Any) -> list[dict]:

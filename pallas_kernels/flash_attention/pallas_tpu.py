@@ -41,12 +41,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import chip
 from pallas_kernels.common import varying
-from pallas_kernels.common.gradient import with_gradient
 from pallas_kernels.flash_attention import forward_plan
 from pallas_kernels.flash_attention.forward_kernel import LANES
 from pallas_kernels.flash_attention.forward_kernel import LOG2_E
 from pallas_kernels.flash_attention.forward_kernel import Plan
 from pallas_kernels.flash_attention.forward_kernel import forward_kernel
+from pallas_kernels.flash_attention.gradient import differentiable
 from pallas_kernels.flash_attention.pallas_tpu_backward import (
   flash_attention_backward,
 )
@@ -57,18 +57,11 @@ _MAX_HEAD_DIM = 256
 
 def flash_attention(*args, **static):
   """See `api.flash_attention`; returns the output and the log-sum-exp."""
-
-  def forward(*args):
-    out, lse = flash_attention_forward(*args, **static)
-    return (out, lse), (*args, out, lse)
-
-  def backward(residuals, cotangents):
-    dq, dk, dv, d_sinks = flash_attention_backward(
-      *residuals, *cotangents, **static
-    )
-    return dq, dk, dv, None, None, d_sinks, None, None
-
-  return with_gradient(forward, backward, *varying.vary_alike(*args))
+  return differentiable(
+    functools.partial(flash_attention_forward, **static),
+    functools.partial(flash_attention_backward, **static),
+    *args,
+  )
 
 
 features = forward_plan.features

@@ -6,11 +6,12 @@ linear in the length, up to one block of scores. Where positions are given,
 `xla_positions` looks for the tiles with work.
 """
 
+import functools
+
 import jax.numpy as jnp
 
-from pallas_kernels.common import varying
-from pallas_kernels.common.gradient import with_gradient
 from pallas_kernels.flash_attention import xla_positions
+from pallas_kernels.flash_attention.gradient import differentiable
 from pallas_kernels.flash_attention.reference import NO_KEYS
 from pallas_kernels.flash_attention.reference import out_dtype
 from pallas_kernels.flash_attention.reference import pair
@@ -24,18 +25,11 @@ _MAX_BLOCKS = 16
 
 def flash_attention(*args, **static):
   """See `api.flash_attention`; returns the output and the log-sum-exp."""
-
-  def forward(*args):
-    out, lse = flash_attention_forward(*args, **static)
-    return (out, lse), (*args, out, lse)
-
-  def backward(residuals, cotangents):
-    dq, dk, dv, d_sinks = flash_attention_backward(
-      *residuals, *cotangents, **static
-    )
-    return dq, dk, dv, None, None, d_sinks, None, None
-
-  return with_gradient(forward, backward, *varying.vary_alike(*args))
+  return differentiable(
+    functools.partial(flash_attention_forward, **static),
+    functools.partial(flash_attention_backward, **static),
+    *args,
+  )
 
 
 def flash_attention_forward(
