@@ -17,6 +17,7 @@ CUTLASS ("Efficient GEMM"), known to us and not read for this.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -70,17 +71,24 @@ def barriers(
   return full, plgpu.ClusterBarrier(collective_axes=(CLUSTER,), **kwargs)
 
 
-def specialise(
-  consumers: int, copy: Callable[[], None], multiply: Callable[[Any], None]
+def run(
+  ring: Ring,
+  consumers: int,
+  each_tile: Callable[[Callable[..., Any]], Any],
+  copy: Callable[..., Any],
+  multiply: Callable[..., Any],
 ) -> None:
-  """Runs `copy` in the last warpgroup and `multiply(i)` in the others.
+  """A block: copies in the last warpgroup, and multiplies in the others.
 
   Registers go from the one to the others.
 
   Args:
+    ring: That is filled.
     consumers: Warpgroups that multiply.
-    copy: Fills rings.
-    multiply: Takes the index of its warpgroup.
+    each_tile: Calls what it is given for each tile of the block; returns how
+      many steps the ring has seen.
+    copy: For `each_tile`: fills the ring.
+    multiply: For `each_tile`, after the index of its warpgroup.
   """
   wg = jax.lax.axis_index('wg')
 
@@ -88,13 +96,15 @@ def specialise(
   def _():
     if consumers > 1:
       plgpu.set_max_registers(_COPY_REGISTERS, action='decrease')
-    copy()
+    finish(ring, each_tile(copy))
 
   @pl.when(wg < consumers)
   def _():
     if consumers > 1:
       plgpu.set_max_registers(_MULTIPLY_REGISTERS, action='increase')
-    multiply(wg)
+    each_tile(functools.partial(multiply, wg))
+
+  plgpu.wait_smem_to_gmem(0)
 
 
 def fill(

@@ -248,12 +248,7 @@ def _product_kernel(
     _store(values, stages.at[wg], edges.at[wg], out, top, low, high, left)
     return done + steps
 
-  hopper_matmul.specialise(
-    CONSUMERS,
-    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
-    lambda wg: each_tile(functools.partial(multiply_tile, wg)),
-  )
-  plgpu.wait_smem_to_gmem(0)
+  hopper_matmul.run(ring, CONSUMERS, each_tile, copy_tile, multiply_tile)
 
 
 def _store(values, stage, edge, out, top, low, high, left):

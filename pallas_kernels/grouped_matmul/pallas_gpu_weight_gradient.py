@@ -205,12 +205,7 @@ def _weight_gradient_kernel(
 
     return done + steps
 
-  hopper_matmul.specialise(
-    _CONSUMERS,
-    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
-    lambda wg: each_tile(functools.partial(multiply_tile, wg)),
-  )
-  plgpu.wait_smem_to_gmem(0)
+  hopper_matmul.run(ring, _CONSUMERS, each_tile, copy_tile, multiply_tile)
 
 
 def _keep(tile, first, end):

@@ -186,12 +186,7 @@ def _narrow_kernel(
 
     return done + steps
 
-  hopper_matmul.specialise(
-    CONSUMERS,
-    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
-    lambda wg: each_tile(functools.partial(multiply_tile, wg)),
-  )
-  plgpu.wait_smem_to_gmem(0)
+  hopper_matmul.run(ring, CONSUMERS, each_tile, copy_tile, multiply_tile)
 
 
 def _exact(ring, x_tiles, weight_tiles, wg, done, steps):

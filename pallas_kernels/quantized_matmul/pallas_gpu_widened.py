@@ -247,12 +247,7 @@ def _widened_kernel(x, weights, scales, *refs, plan, **scratch):
 
     return done + steps
 
-  hopper_matmul.specialise(
-    CONSUMERS,
-    lambda: hopper_matmul.finish(ring, each_tile(copy_tile)),
-    lambda wg: each_tile(functools.partial(multiply_tile, wg)),
-  )
-  plgpu.wait_smem_to_gmem(0)
+  hopper_matmul.run(ring, CONSUMERS, each_tile, copy_tile, multiply_tile)
 
 
 def _sum_of_steps(plan, ring, scratch, wg, done, steps):
