@@ -29,6 +29,7 @@ from pallas_kernels.common import hopper
 from pallas_kernels.common import tuned
 from pallas_kernels.common import varying
 from pallas_kernels.linear_cross_entropy import pallas_gpu_forward as forward
+from pallas_kernels.linear_cross_entropy import pallas_tpu_blocks
 from pallas_kernels.linear_cross_entropy import totals
 from pallas_kernels.linear_cross_entropy.gradient import with_gradients
 
@@ -76,12 +77,7 @@ def linear_cross_entropy(
 def features(x, head, *args, **kwargs) -> dict[str, Any]:
   """What describes an input, as in tuned.json."""
   del args, kwargs
-  return dict(
-    width=head.shape[0],
-    vocab=head.shape[1],
-    tokens=x.size // x.shape[-1],
-    dtype=x.dtype.name,
-  )
+  return pallas_tpu_blocks.features(x, head)
 
 
 def candidates(chip, x, head, *args, **kwargs) -> list[dict[str, int]]:

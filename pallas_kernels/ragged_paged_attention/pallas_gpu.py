@@ -48,22 +48,9 @@ from pallas_kernels.ragged_paged_attention import pallas_gpu_merge as merge_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_plan as plan_lib
 from pallas_kernels.ragged_paged_attention import pallas_gpu_stream as stream
 from pallas_kernels.ragged_paged_attention import pallas_tpu_partial
+from pallas_kernels.ragged_paged_attention.features import features
 
 _QUANTISED = 'int8', 'float8_e4m3fn', 'float8_e5m2'
-
-
-def features(q, k_pages, *args, **static) -> dict[str, Any]:
-  """What describes an input to the tuner."""
-  del args, static
-  num_kv, page_size, head_dim = k_pages.shape[2:]
-  return dict(
-    dtype=str(k_pages.dtype),
-    num_tokens=q.shape[0],
-    group=q.shape[1] // num_kv,
-    num_kv=num_kv,
-    page_size=page_size,
-    head_dim=head_dim,
-  )
 
 
 def candidates(chip_name: str, *args, **static) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import hopper
 from pallas_kernels.common import tuned
 from pallas_kernels.common import varying
+from pallas_kernels.rms_norm.features import features
 from pallas_kernels.rms_norm.gradient import differentiable
 
 # Columns of a row that a warp takes whole. TMA takes as many in one dimension:
@@ -60,12 +61,6 @@ def rms_norm(
     scale,
     residual,
   )
-
-
-def features(x, scale, *args, **kwargs) -> dict[str, Any]:
-  """What describes an input, as in tuned.json."""
-  del scale, args, kwargs
-  return dict(width=x.shape[-1], dtype=x.dtype.name)
 
 
 def candidates(chip, x, scale, *args, **kwargs) -> list[dict[str, int]]:

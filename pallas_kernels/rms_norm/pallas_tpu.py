@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import chip as chip_lib
 from pallas_kernels.common import tuned
 from pallas_kernels.common import varying
+from pallas_kernels.rms_norm.features import features
 from pallas_kernels.rms_norm.gradient import differentiable
 
 # Rows in registers at a time: a bfloat16 tile.
@@ -47,12 +48,6 @@ def rms_norm(
     scale,
     residual,
   )
-
-
-def features(x, scale, *args, **kwargs) -> dict[str, Any]:
-  """What describes an input, as in tuned.json."""
-  del scale, args, kwargs
-  return dict(width=x.shape[-1], dtype=x.dtype.name)
 
 
 def candidates(chip, x, scale, *args, **kwargs) -> list[dict[str, int]]:
