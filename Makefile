@@ -69,7 +69,7 @@ $(NEWER_VENV)/.installed: setup.py constraints/py312.txt
 	$(NEWER) -m venv --clear $(NEWER_VENV)
 	$(NEWER_VENV)/bin/python -m pip install --quiet --no-input \
 	  --disable-pip-version-check --constraint constraints/py312.txt \
-	  absl-py beartype flatbuffers hypothesis jax jaxtyping pytest pytest-xdist
+	  absl-py beartype hypothesis jax jaxtyping pytest pytest-xdist
 	@touch $@
 
 test-slow: $(VENV)/.installed-test

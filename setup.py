@@ -23,6 +23,8 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',
     'cloudpickle>=3.1',
+    # Carries programs to the GPU compiler.
+    'flatbuffers>=24.3',
     'flax>=0.12.8',
     'gguf>=0.17',
     'grain>=0.2.18',
@@ -48,8 +50,6 @@ setuptools.setup(
     'server': ['prometheus_client>=0.21', 'starlette>=0.46', 'uvicorn>=0.34'],
     'test': [
       'beartype>=0.21',
-      # Carries programs to the GPU compiler.
-      'flatbuffers>=24.3',
       'httpx>=0.28',
       'hypothesis>=6.130',
       'ipykernel>=6.29',

@@ -37,15 +37,14 @@ def install() -> None:
     subprocess.CalledProcessError: pip found no package or no network.
   """
   with tempfile.TemporaryDirectory(dir=sys.prefix) as new:
+    folder = pathlib.Path(new) / FOLDER.name
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
-    options = ['--quiet', '--no-input', '--no-deps', '--target', new]
+    options = ['--quiet', '--no-input', '--no-deps', '--target', str(folder)]
     subprocess.run([*pip, 'install', *options, *_PACKAGES], check=True)
-    folder = pathlib.Path(new)
     # The plugin takes its tools from one place, and from a newer one first.
     [nvdisasm] = folder.glob('nvidia/cu13/bin/nvdisasm')
     shutil.copy(nvdisasm, folder / 'nvidia' / 'cuda_nvcc' / 'bin')
     shutil.rmtree(folder / 'nvidia' / 'cu13')
     (folder / 'versions').write_text('\n'.join(_PACKAGES))
     shutil.rmtree(FOLDER, ignore_errors=True)
-    shutil.move(new, FOLDER)
-    pathlib.Path(new).mkdir()  # Its end removes it.
+    folder.rename(FOLDER)
